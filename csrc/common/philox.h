@@ -41,8 +41,9 @@ struct AttentionDropout {
       : seed(static_cast<uint64_t>(seed)), threshold(static_cast<uint64_t>(p * 4294967296.0)) {}
 
   GPT_EXT_HOST_DEVICE bool keep(int64_t head, int64_t row, int64_t column) const {
-    const Philox4 block = philox(seed, {{static_cast<uint32_t>(column / 4), static_cast<uint32_t>(row),
-                                         static_cast<uint32_t>(head), 0}});
+    const Philox4 block =
+        philox(seed, {{static_cast<uint32_t>(column / 4), static_cast<uint32_t>(row),
+                       static_cast<uint32_t>(head), 0}});
     return block.word[column % 4] >= threshold;
   }
 

@@ -13,11 +13,11 @@ namespace gpt_ext {
 constexpr int64_t kMaxHeadDim = 256;
 
 struct AttentionProblem {
-  DType dtype;                        // of q, k, v, out and their gradients
-  int64_t batch, time, heads, dim;    // B, T, H, D; B, T, H >= 0 and 1 <= D <= kMaxHeadDim
-  double scale;                       // of the scores, 1/sqrt(D) as a rule
-  double dropout_p;                   // in [0, 1]: probability with which each P_ij is dropped
-  const int64_t* dropout_seed;        // one number on the backend's device; null if dropout_p == 0
+  DType dtype;                      // of q, k, v, out and their gradients
+  int64_t batch, time, heads, dim;  // B, T, H, D; B, T, H >= 0 and 1 <= D <= kMaxHeadDim
+  double scale;                     // of the scores, 1/sqrt(D) as a rule
+  double dropout_p;                 // in [0, 1]: probability with which each P_ij is dropped
+  const int64_t* dropout_seed;      // one number on the backend's device; null if dropout_p == 0
 };
 
 struct AttentionForward {

@@ -1,0 +1,61 @@
+#include "cpu/isa.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+
+#include "common/error.h"
+#include "cpu/foreach_isa.h"
+
+namespace gpt_ext::cpu {
+namespace {
+
+bool cpu_has(const std::string& level) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (level == "avx2") return avx2;
+  if (level == "avx512") return avx2 && avx512;
+  if (level == "avx512_bf16") return avx2 && avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  return level == "scalar" || level == "neon";  // the baseline of the machine compiled for
+}
+
+int find(const std::string& name) {
+  const auto supported = supported_simd_levels();
+  const auto found = std::find(supported.begin(), supported.end(), name);
+  if (found == supported.end()) {
+    std::string names;
+    for (const auto& level : supported) names += (names.empty() ? "" : ", ") + level;
+    throw Error("SIMD level '" + name + "' is not supported here; expected one of: " + names);
+  }
+  return static_cast<int>(found - supported.begin());
+}
+
+std::atomic<int>& chosen() {
+  static std::atomic<int> index = [] {
+    const char* forced = std::getenv("GPT_EXT_SIMD");
+    return forced && *forced ? find(forced) : static_cast<int>(supported_simd_levels().size()) - 1;
+  }();
+  return index;
+}
+
+}  // namespace
+
+std::vector<std::string> compiled_simd_levels() { return {GPT_EXT_SIMD_LEVEL_NAMES}; }
+
+// Levels are nested, each a superset of the one before it, so an index into the supported ones is
+// an index into the compiled ones too.
+std::vector<std::string> supported_simd_levels() {
+  auto levels = compiled_simd_levels();
+  levels.erase(std::find_if_not(levels.begin(), levels.end(), cpu_has), levels.end());
+  return levels;
+}
+
+int simd_level_index() { return chosen().load(std::memory_order_relaxed); }
+std::string simd_level() { return compiled_simd_levels()[simd_level_index()]; }
+void set_simd_level(const std::string& name) { chosen() = find(name); }
+
+}  // namespace gpt_ext::cpu

@@ -1,0 +1,44 @@
+// Work shared among OpenMP threads. Torch uses the same libgomp, so torch.set_num_threads rules.
+#pragma once
+
+#include <cstdint>
+#include <exception>
+
+#include "cpu/buffer.h"
+
+namespace gpt_ext::cpu {
+
+// This thread's own memory, at least `bytes` of it. It is kept from call to call: a fresh
+// allocation of this size would be mapped, and its pages faulted in, every time.
+inline std::byte* thread_scratch(size_t bytes) {
+  thread_local Buffer<std::byte> scratch;
+  if (bytes > scratch.size()) {
+    scratch = Buffer<std::byte>();  // free the old one first
+    scratch = Buffer<std::byte>(bytes);
+  }
+  return scratch.get();
+}
+
+// Calls work(task, scratch) for every task in [0, tasks), in any order, on any thread; scratch is
+// the thread's own `scratch_bytes`. What a task computes must not depend on who runs it, or when.
+template <class Work>
+void parallel_for(int64_t tasks, size_t scratch_bytes, const Work& work) {
+  std::exception_ptr error;
+#pragma omp parallel if (tasks > 1)
+  {
+    std::byte* scratch = nullptr;
+    try {
+      scratch = thread_scratch(scratch_bytes);
+    } catch (...) {
+#pragma omp critical
+      error = std::current_exception();
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < tasks; ++task) {
+      if (scratch) work(task, scratch);
+    }
+  }
+  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace gpt_ext::cpu

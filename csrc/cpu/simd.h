@@ -1,0 +1,120 @@
+// Vectors of one SIMD level, by the compiler's vector extension: +, -, *, / and comparisons work
+// element by element, and a*b + c becomes a fused multiply-add where the level has one.
+// Included once a level by level.h.
+
+namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
+
+#define GPT_EXT_INLINE inline __attribute__((always_inline))
+
+template <class T>
+constexpr int kVectorBytes = GPT_EXT_VECTOR_BYTES ? GPT_EXT_VECTOR_BYTES : sizeof(T);
+template <class T>
+constexpr int kLanes = kVectorBytes<T> / sizeof(T);
+
+template <class T, int kBytes = kVectorBytes<T>>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kBytes)));
+  // The same elements in memory: no alignment but the element's, any type may alias it.
+  typedef T unaligned __attribute__((vector_size(kBytes), aligned(alignof(T)), may_alias));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+// As many elements as a Vec<float> has.
+using Vec16Bit = typename VectorOf<uint16_t, kVectorBytes<float> / 2>::type;
+
+template <class T>
+GPT_EXT_INLINE Vec<T> broadcast(T x) {
+  return x - Vec<T>{};  // x - 0 is x, -0 included; x + 0 is not
+}
+
+// Element types in memory: double and float as they are, bf16 widened to float.
+GPT_EXT_INLINE Vec<double> load(const double* p) {
+  return *reinterpret_cast<const VectorOf<double>::unaligned*>(p);
+}
+GPT_EXT_INLINE Vec<float> load(const float* p) {
+  return *reinterpret_cast<const VectorOf<float>::unaligned*>(p);
+}
+GPT_EXT_INLINE Vec<float> load(const bf16* p) {
+  Vec16Bit half;
+  std::memcpy(&half, p, sizeof half);
+  return (Vec<float>)(__builtin_convertvector(half, Vec<uint32_t>) << 16);
+}
+
+GPT_EXT_INLINE void store(double* p, Vec<double> x) {
+  *reinterpret_cast<VectorOf<double>::unaligned*>(p) = x;
+}
+GPT_EXT_INLINE void store(float* p, Vec<float> x) {
+  *reinterpret_cast<VectorOf<float>::unaligned*>(p) = x;
+}
+GPT_EXT_INLINE void store(uint32_t* p, Vec<uint32_t> x) { std::memcpy(p, &x, sizeof x); }
+GPT_EXT_INLINE Vec<uint32_t> round_to_bf16(Vec<float> x) {  // in the low half of each element
+  const Vec<uint32_t> bits = (Vec<uint32_t>)x;
+  const Vec<uint32_t> rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // ties to even
+  return x != x ? Vec<uint32_t>{} + 0x7FC0 : rounded;
+}
+GPT_EXT_INLINE void store(bf16* p, Vec<float> x) {
+  const Vec16Bit half = __builtin_convertvector(round_to_bf16(x), Vec16Bit);
+  std::memcpy(p, &half, sizeof half);
+}
+
+GPT_EXT_INLINE double to_accumulation(double x) { return x; }
+GPT_EXT_INLINE float to_accumulation(float x) { return x; }
+GPT_EXT_INLINE float to_accumulation(bf16 x) { return to_float(x); }
+
+// A row of n elements is a run of whole vectors and at most one part of a vector:
+//   for_columns<T>(n, [&](int64_t j, auto part) { store(y + j, load(x + j, part), part); });
+struct Whole {};
+
+template <class T, class F>
+GPT_EXT_INLINE void for_columns(int64_t n, const F& f) {
+  int64_t j = 0;
+  for (; j + kLanes<T> <= n; j += kLanes<T>) f(j, Whole{});
+  if (j < n) f(j, n - j);
+}
+
+template <class Storage>
+GPT_EXT_INLINE auto load(const Storage* p, Whole) {
+  return load(p);
+}
+template <class Storage>
+GPT_EXT_INLINE auto load(const Storage* p, int64_t count) {  // the rest is 0
+  Vec<typename Accumulation<Storage>::type> x{};
+  for (int64_t i = 0; i < count; ++i) x[i] = to_accumulation(p[i]);
+  return x;
+}
+template <class Storage, class V>
+GPT_EXT_INLINE void store(Storage* p, V x, Whole) {
+  store(p, x);
+}
+template <class Storage, class V>
+GPT_EXT_INLINE void store(Storage* p, V x, int64_t count) {
+  Storage all[sizeof(x) / sizeof(x[0])];
+  store(all, x);
+  for (int64_t i = 0; i < count; ++i) p[i] = all[i];
+}
+
+template <class T>
+GPT_EXT_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+
+// Horizontal sum and maximum, halving: the order of additions is fixed.
+template <class T>
+GPT_EXT_INLINE T reduce_sum(Vec<T> x) {
+  for (int width = kLanes<T> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  return x[0];
+}
+template <class T>
+GPT_EXT_INLINE T reduce_max(Vec<T> x) {
+  for (int width = kLanes<T> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
+  return x[0];
+}
+
+template <class T>
+constexpr int64_t round_up(int64_t n) {
+  return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
+}  // namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL
