@@ -1,0 +1,119 @@
+// torch's face of ops/attention.h: checks, allocation and registration, once for both backends.
+#include "ops/attention.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <tuple>
+
+#include "torch/tensor.h"
+
+namespace gpt_ext::binding {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+Heads heads(const Tensor& tensor) {
+  return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+ConstHeads const_heads(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+// What q, k, v and dout have in common with q: shape, dtype, device, a contiguous last dim.
+void check_heads(const Tensor& tensor, const char* name, const Tensor& q) {
+  check_device(tensor, name, q);
+  check_type(tensor, name, q.scalar_type());
+  check_shape(tensor, name, shape_of(q));
+  check_last_dim_contiguous(tensor, name);
+}
+
+template <class Backend>
+AttentionProblem checked_problem(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                                 double dropout_p, const OptionalTensor& dropout_seed) {
+  const DType dtype = dtype_of<Backend>(q, "q");
+  check_rank(q, "q", 4, "(B, T, H, D)");
+  check(1 <= q.size(3) && q.size(3) <= kMaxHeadDim, "q has head size ", q.size(3),
+        ", expected 1 to ", kMaxHeadDim);
+  check_last_dim_contiguous(q, "q");
+  check_heads(k, "k", q);
+  check_heads(v, "v", q);
+
+  check(0 <= dropout_p && dropout_p <= 1, "dropout_p is ", dropout_p, ", expected 0 to 1");
+  const int64_t* seed = nullptr;
+  if (dropout_p > 0) {
+    check(dropout_seed.has_value(), "dropout_seed is None, expected a tensor as dropout_p > 0");
+    check_device(*dropout_seed, "dropout_seed", q);
+    check_type(*dropout_seed, "dropout_seed", ScalarType::Long);
+    check_shape(*dropout_seed, "dropout_seed", {1});
+    seed = static_cast<const int64_t*>(dropout_seed->const_data_ptr());
+  }
+  return {dtype, q.size(0), q.size(1), q.size(2), q.size(3), scale, dropout_p, seed};
+}
+
+Shape statistics_shape(const AttentionProblem& p) { return {p.batch, p.heads, p.time}; }
+
+template <class Backend>
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                                   double dropout_p, const OptionalTensor& dropout_seed) {
+  const auto problem = checked_problem<Backend>(q, k, v, scale, dropout_p, dropout_seed);
+  const OnDevice<Backend> device(q);
+  Tensor out = new_empty(q, shape_of(q), q.scalar_type());
+  Tensor lse = new_empty(q, statistics_shape(problem), accumulation_type(problem.dtype));
+  attention_forward(device.backend, {.out = heads(out),
+                                     .lse = lse.mutable_data_ptr(),
+                                     .q = const_heads(q),
+                                     .k = const_heads(k),
+                                     .v = const_heads(v),
+                                     .problem = problem});
+  return {out, lse};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q, const Tensor& k,
+                                            const Tensor& v, const Tensor& out, const Tensor& lse,
+                                            double scale, double dropout_p,
+                                            const OptionalTensor& dropout_seed) {
+  const auto problem = checked_problem<Backend>(q, k, v, scale, dropout_p, dropout_seed);
+  const ScalarType statistics = accumulation_type(problem.dtype);
+  check_heads(dout, "dout", q);
+  check_heads(out, "out", q);
+  check_device(lse, "lse", q);
+  check_type(lse, "lse", statistics);
+  check_shape(lse, "lse", statistics_shape(problem));
+  check_contiguous(lse, "lse");
+
+  const OnDevice<Backend> device(q);
+  Tensor dq = new_empty(q, shape_of(q), q.scalar_type());
+  Tensor dk = new_empty(q, shape_of(q), q.scalar_type());
+  Tensor dv = new_empty(q, shape_of(q), q.scalar_type());
+  Tensor delta = new_empty(q, statistics_shape(problem), statistics);
+  attention_backward(device.backend, {.dq = heads(dq),
+                                      .dk = heads(dk),
+                                      .dv = heads(dv),
+                                      .delta = delta.mutable_data_ptr(),
+                                      .dout = const_heads(dout),
+                                      .q = const_heads(q),
+                                      .k = const_heads(k),
+                                      .v = const_heads(v),
+                                      .out = const_heads(out),
+                                      .lse = lse.const_data_ptr(),
+                                      .problem = problem});
+  return {dq, dk, dv};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gpt_ext, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&forward<Cpu>));
+  m.impl("attention_backward", TORCH_BOX(&backward<Cpu>));
+}
+
+#ifdef GPT_EXT_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(gpt_ext, CUDA, m) {
+  m.impl("attention_forward", TORCH_BOX(&forward<Cuda>));
+  m.impl("attention_backward", TORCH_BOX(&backward<Cuda>));
+}
+#endif
+
+}  // namespace
+}  // namespace gpt_ext::binding

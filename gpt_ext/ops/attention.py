@@ -1,0 +1,145 @@
+"""Causal multi-head attention: fake kernels, autograd Function, public call.
+
+The kernels are csrc/cpu/attention_*.cpp and csrc/cuda/attention_*.cu, the raw ops
+torch.ops.gpt_ext.attention_forward and attention_backward.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt_ext.ops import _functional
+from gpt_ext.ops.philox import attention_keep_mask
+
+MAX_HEAD_DIM = 256
+
+
+@torch.library.register_fake("gpt_ext::attention_forward")
+def _(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, dropout_seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    batch, time, heads, _ = q.shape
+    statistics = _functional.accumulation_dtype(q.dtype)
+    return q.new_empty(q.shape), q.new_empty((batch, heads, time), dtype=statistics)
+
+
+@torch.library.register_fake("gpt_ext::attention_backward")
+def _(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+def _plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, dropout_seed: Tensor | None
+) -> Tensor:
+    """The same function in plain PyTorch, the same dropout mask included; memory quadratic in T."""
+    batch, time, heads, _ = q.shape
+    dtype = _functional.accumulation_dtype(q.dtype)
+    with _functional.without_autocast(q.device.type):
+        scores = torch.einsum("bihd,bjhd->bhij", q.to(dtype), k.to(dtype)) * scale
+        future = torch.ones(time, time, dtype=torch.bool, device=q.device).triu(1)
+        probabilities = scores.masked_fill(future, -torch.inf).softmax(-1)
+        if dropout_seed is not None:
+            keep = attention_keep_mask(dropout_seed, dropout_p, batch, heads, time)
+            kept_scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+            probabilities = probabilities * (keep * kept_scale)
+        return torch.einsum("bhij,bjhd->bihd", probabilities, v.to(dtype)).to(q.dtype)
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        dropout_p: float,
+        dropout_seed: Tensor | None,
+    ) -> Tensor:
+        out, lse = torch.ops.gpt_ext.attention_forward(q, k, v, scale, dropout_p, dropout_seed)
+        ctx.save_for_backward(q, k, v, out, lse, dropout_seed)
+        ctx.scale, ctx.dropout_p = scale, dropout_p
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dout is None:
+            return (None,) * 6
+        q, k, v, out, lse, seed = ctx.saved_tensors
+        if _functional.backward_is_differentiated():
+            plain = functools.partial(
+                _plain_attention, scale=ctx.scale, dropout_p=ctx.dropout_p, dropout_seed=seed
+            )
+            grads = torch.func.vjp(plain, q, k, v)[1](dout)
+        else:
+            grads = torch.ops.gpt_ext.attention_backward(
+                dout.contiguous(), q, k, v, out, lse, ctx.scale, ctx.dropout_p, seed
+            )
+        return *_functional.only_wanted(grads, ctx.needs_input_grad[:3]), None, None, None
+
+
+def _contiguous_last_dim(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, dropout_p: float = 0.0
+) -> Tensor:
+    """out_i = sum over j <= i of softmax_j(scale * q_i . k_j) v_j, for each sequence and head.
+
+    FlashAttention's algorithm (Dao et al., 2022): memory is linear in T, backward rebuilds the
+    probabilities from the one number a row that forward saves. Backward is deterministic, bit for
+    bit. Under torch.func transforms, forward-mode AD and in double backward, plain PyTorch with the
+    same result takes its place, whose memory is quadratic in T.
+
+    Args:
+        q, k, v: (B, T, H, D), 1 <= D <= 256, any B, T and H, zero included; all float64, float32,
+            bfloat16 or, on CUDA, float16, on one device. Any strides: views of a packed
+            (B, T, 3, H, D) tensor are read in place, and only what has a last dim of another stride
+            than 1 is copied first. Under autocast they are cast to its dtype first.
+        scale: factor of the scores, 1/sqrt(D) by default.
+        dropout_p: probability, 0 to 1, of dropping each softmax probability; what is kept is scaled
+            by 1/(1 - dropout_p). The mask follows from one number drawn from torch's default
+            generator of the device, and is the same on CPU and CUDA for the same number.
+
+    Returns:
+        (B, T, H, D), contiguous, of q's dtype (autocast's, under autocast).
+
+    Raises:
+        TypeError: an argument is no tensor, or of a wrong or different dtype.
+        ValueError: a shape, device or value is wrong.
+    """
+    q, k, v = _functional.prepare(q=q, k=k, v=v)
+    if q.dim() != 4:
+        raise ValueError(f"q has shape {tuple(q.shape)}, expected (B, T, H, D)")
+    if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(f"q has head size D = {q.shape[-1]}, expected 1 to {MAX_HEAD_DIM}")
+    _functional.check_shape("k", k, q.shape, "q's shape (B, T, H, D)")
+    _functional.check_shape("v", v, q.shape, "q's shape (B, T, H, D)")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p is {dropout_p}, expected 0 to 1")
+
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    seed = torch.randint(2**63 - 1, (1,), device=q.device) if dropout_p > 0 else None
+    if _functional.transforms_active():
+        return _plain_attention(q, k, v, scale, dropout_p, seed)
+    q, k, v = _contiguous_last_dim(q), _contiguous_last_dim(k), _contiguous_last_dim(v)
+    if _functional.needs_grad(q, k, v):
+        return _CausalAttention.apply(q, k, v, scale, dropout_p, seed)
+    return torch.ops.gpt_ext.attention_forward(q, k, v, scale, dropout_p, seed)[0]
