@@ -115,7 +115,10 @@ def configure(extension: Extension, version: str) -> None:
 
 
 def check_compiler(compiler: str) -> None:
-    """One clear error where the compiler lacks C++20 or OpenMP."""
+    """One clear error where the compiler, C++20, OpenMP or Python's headers are missing."""
+    headers = sysconfig.get_path("include")
+    if not Path(headers, "Python.h").exists():
+        sys.exit(f"gpt_ext: no Python.h in {headers} (on Debian: apt-get install python3-dev)")
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "probe.cpp")
         program.write_text("#include <omp.h>\n#include <span>\nint n = omp_get_max_threads();\n")
