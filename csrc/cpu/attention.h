@@ -15,14 +15,16 @@ Matrix<Storage> head_matrix(ConstHeads x, int64_t b, int64_t h) {
   return {static_cast<const Storage*>(x.data) + b * x.batch + h * x.head, x.time, 1};
 }
 
-// Rows [t, t + rows) of x (T, dim), times factor, as Sum: out (rows, out_row).
+// Rows [t, t + rows) of x (T, dim), times factor: out (rows, padded).
 template <class Sum, class Storage>
-void load_rows(Matrix<Storage> x, int64_t t, int64_t rows, int64_t dim, Sum factor, Sum* out,
-               int64_t out_row) {
+Matrix<Sum> load_rows(Matrix<Storage> x, int64_t t, int64_t rows, int64_t dim, Sum factor,
+                      Sum* out) {
+  const int64_t padded = round_up<Sum>(dim);
   for (int64_t i = 0; i < rows; ++i)
     for_columns<Sum>(dim, [&](int64_t c, auto part) {
-      store(out + i * out_row + c, load(x.data + (t + i) * x.row + c, part) * factor, part);
+      store(out + i * padded + c, load(x.data + (t + i) * x.row + c, part) * factor);
     });
+  return {out, padded, 1};
 }
 
 // Rows [0, rows) of x (rows, x_row), times factor, to rows [t, ...) of a head of `out`.

@@ -40,8 +40,8 @@ struct BackwardScratch {
   BackwardScratch(std::byte* memory, int64_t time, int64_t dim, int64_t padded) {
     Carver carver(memory);
     dq = carver.take<Sum>(time * padded);                 // (T, padded)
-    q = carver.take<Sum>(kStripRows * dim);               // (strip, D), times scale * log2(e)
-    dout = carver.take<Sum>(kStripRows * dim);            // (strip, D)
+    q = carver.take<Sum>(kStripRows * padded);            // (strip, padded), times scale * log2(e)
+    dout = carver.take<Sum>(kStripRows * padded);         // (strip, padded)
     q_panels = carver.take<Sum>(kStripRows * padded);     // panels of q (strip, D)
     dout_panels = carver.take<Sum>(kStripRows * padded);  // panels of dout (strip, D)
     k_t_panels = carver.take<Sum>(kBlockKeys * dim);      // panels of K^T (D, keys)
@@ -95,9 +95,9 @@ void attention_backward_head(const AttentionBackward& p, int64_t b, int64_t h, s
 
     for (int64_t row = key / kStripRows * kStripRows; row < time; row += kStripRows) {
       const int64_t strip = std::min(kStripRows, time - row);
-      load_rows<Sum>(q, row, strip, dim, static_cast<Sum>(problem.scale * kLog2E), s.q, dim);
-      load_rows<Sum>(dout, row, strip, dim, Sum(1), s.dout, dim);
-      const Matrix<Sum> q_rows{s.q, dim, 1}, dout_rows{s.dout, dim, 1};
+      const auto q_rows =
+          load_rows<Sum>(q, row, strip, dim, static_cast<Sum>(problem.scale * kLog2E), s.q);
+      const auto dout_rows = load_rows<Sum>(dout, row, strip, dim, Sum(1), s.dout);
       const auto q_panels = pack_rows<Sum>(q_rows, 0, strip, dim, s.q_panels);
       const auto dout_panels = pack_rows<Sum>(dout_rows, 0, strip, dim, s.dout_panels);
 

@@ -37,7 +37,7 @@ struct ForwardScratch {
 
   ForwardScratch(std::byte* memory, int64_t dim, int64_t padded) {
     Carver carver(memory);
-    q = carver.take<Sum>(kTaskRows * dim);               // (rows, D), times scale * log2(e)
+    q = carver.take<Sum>(kTaskRows * padded);            // (rows, padded), times scale * log2(e)
     o = carver.take<Sum>(kTaskRows * padded);            // (rows, padded), not yet divided by l
     scores = carver.take<Sum>(kStripRows * kBlockKeys);  // (strip, keys)
     keys = carver.take<Sum>(kBlockKeys * dim);           // panels of K^T (D, keys)
@@ -85,7 +85,8 @@ void attention_forward_task(const AttentionForward& p, int64_t b, int64_t h, int
   const bool drops = problem.dropout_p > 0;
   const AttentionDropout dropout(drops ? *problem.dropout_seed : 0, problem.dropout_p);
 
-  load_rows<Sum>(q, first, rows, dim, static_cast<Sum>(problem.scale * kLog2E), s.q, dim);
+  const auto queries =
+      load_rows<Sum>(q, first, rows, dim, static_cast<Sum>(problem.scale * kLog2E), s.q);
   std::fill_n(s.o, rows * padded, Sum(0));
   std::fill_n(s.max, rows, -std::numeric_limits<Sum>::infinity());
   std::fill_n(s.sum, rows, Sum(0));
@@ -97,8 +98,8 @@ void attention_forward_task(const AttentionForward& p, int64_t b, int64_t h, int
     for (int64_t i0 = 0; i0 < rows; i0 += kStripRows) {
       const int64_t strip = std::min(kStripRows, rows - i0), row = first + i0;
       if (row + strip <= key) continue;  // every query of the strip comes before these keys
-      multiply<E>(strip, Matrix<Sum>{s.q + i0 * dim, dim, 1}, k_t, s.scores, kBlockKeys, false,
-                  ScoreTiles{dim, row, key});
+      multiply<E>(strip, Matrix<Sum>{queries.data + i0 * padded, padded, 1}, k_t, s.scores,
+                  kBlockKeys, false, ScoreTiles{dim, row, key});
       for (int64_t i = 0; i < strip; ++i) {
         Sum* scores = s.scores + i * kBlockKeys;
         // What the product below reads: keys up to the last query of this row's tile.

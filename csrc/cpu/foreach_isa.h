@@ -45,6 +45,7 @@
 #include <limits>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

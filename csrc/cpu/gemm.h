@@ -22,7 +22,12 @@ struct Elements {
   using Sum = T;
   static constexpr int kDepth = 1;  // elements of k a step
   GPT_EXT_INLINE static Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> sum) { return a * b + sum; }
-  GPT_EXT_INLINE static T join(const T (&x)[1]) { return x[0]; }
+  // Steps of k from where k is contiguous, of which `count` elements exist; zeros beyond.
+  template <class Storage>
+  GPT_EXT_INLINE static Vec<T> load_steps(const Storage* p, int64_t count) {
+    return count >= kLanes<T> ? load(p) : load(p, count);
+  }
+  // Steps of k from where k is not: element e of the step lies in x[e].
   GPT_EXT_INLINE static Vec<T> join(const Vec<T> (&x)[1]) { return x[0]; }
 };
 
@@ -34,8 +39,10 @@ struct Bf16Pairs {
   GPT_EXT_INLINE static Vec<float> multiply_add(Vec<uint32_t> a, Vec<uint32_t> b, Vec<float> sum) {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
-  GPT_EXT_INLINE static uint32_t join(const float (&x)[2]) {
-    return to_bf16(x[0]).bits | uint32_t{to_bf16(x[1]).bits} << 16;
+  GPT_EXT_INLINE static Vec<uint32_t> load_steps(const bf16* p, int64_t count) {
+    Vec<uint32_t> x{};
+    std::memcpy(&x, p, static_cast<size_t>(std::min<int64_t>(count, 2 * kLanes<float>)) * 2);
+    return x;
   }
   GPT_EXT_INLINE static Vec<uint32_t> join(const Vec<float> (&x)[2]) {
     return round_to_bf16(x[0]) | round_to_bf16(x[1]) << 16;
@@ -80,8 +87,8 @@ struct Panels {
   Operand* panel(int64_t p) const { return data + p * kWidth * steps; }
 };
 
-// Steps of k, joined from the rows of `x`: out[k * out_row + n] for k in [0, steps), n in [0, n).
-// depth is what x has of k; beyond it lie zeros. map is applied to each vector.
+// Steps of k where n is contiguous in x (depth, columns): out (steps, out_row), rows padded with
+// zeros to whole vectors. map is applied to each vector.
 template <class E, class Storage, class Map>
 void join_rows(Matrix<Storage> x, int64_t depth, int64_t columns, int64_t steps,
                typename E::Operand* out, int64_t out_row, const Map& map) {
@@ -92,24 +99,27 @@ void join_rows(Matrix<Storage> x, int64_t depth, int64_t columns, int64_t steps,
       for (int e = 0; e < E::kDepth; ++e)
         if (k * E::kDepth + e < depth)
           elements[e] = map(load(x.data + (k * E::kDepth + e) * x.row + n, part));
-      store(out + k * out_row + n, E::join(elements), part);
+      store(out + k * out_row + n, E::join(elements));
     });
 }
 
-// The same where k, not n, is contiguous in x: out[k * out_step + n * out_column].
+// Steps of k where k is contiguous in x (depth, columns): out (steps, out_row), transposed a square
+// at a time, rows padded with zeros to whole vectors.
 template <class E, class Storage>
-void join_columns(Matrix<Storage> x, int64_t depth, int64_t columns, int64_t steps,
-                  typename E::Operand* out, int64_t out_step, int64_t out_column) {
-  constexpr int64_t kRun = 16;  // steps of k: their cache lines of x stay in L1 while n runs
-  for (int64_t k0 = 0; k0 < steps; k0 += kRun)
-    for (int64_t n = 0; n < columns; ++n)
-      for (int64_t k = k0; k < std::min(k0 + kRun, steps); ++k) {
-        typename E::Sum elements[E::kDepth] = {};
-        for (int e = 0; e < E::kDepth; ++e)
-          if (k * E::kDepth + e < depth)
-            elements[e] = to_accumulation(x.data[k * E::kDepth + e + n * x.column]);
-        out[k * out_step + n * out_column] = E::join(elements);
-      }
+void transpose_columns(Matrix<Storage> x, int64_t depth, int64_t columns, int64_t steps,
+                       typename E::Operand* out, int64_t out_row) {
+  using Operand = typename E::Operand;
+  constexpr int64_t kSide = kLanes<Operand>;
+  for (int64_t n = 0; n < columns; n += kSide)
+    for (int64_t k = 0; k < steps; k += kSide) {
+      Vec<Operand> square[kSide] = {};
+      for (int64_t i = 0; i < std::min(kSide, columns - n); ++i)
+        square[i] =
+            E::load_steps(x.data + k * E::kDepth + (n + i) * x.column, depth - k * E::kDepth);
+      transpose<Operand>(square);
+      for (int64_t i = 0; i < std::min(kSide, steps - k); ++i)
+        store(out + (k + i) * out_row + n, square[i]);
+    }
 }
 
 struct Unchanged {
@@ -119,19 +129,16 @@ struct Unchanged {
   }
 };
 
-// Packs panel p of B, whose element (k, n) is b(k, n), for k in [0, depth).
+// Packs panel p of B (depth, columns).
 template <class E, class Storage>
 void pack_panel(const Panels<E>& panels, int64_t p, Matrix<Storage> b, int64_t depth) {
   const int64_t first = p * panels.kWidth, width = panels.width(p);
   const int64_t columns = std::min(width, panels.columns - first);
-  typename E::Operand* out = panels.panel(p);
   const Matrix<Storage> x{b.data + first * b.column, b.row, b.column};
   if (b.column == 1)
-    join_rows<E>(x, depth, columns, panels.steps, out, width, Unchanged{});
+    join_rows<E>(x, depth, columns, panels.steps, panels.panel(p), width, Unchanged{});
   else
-    join_columns<E>(x, depth, columns, panels.steps, out, width, 1);
-  for (int64_t k = 0; k < panels.steps; ++k)
-    std::fill(out + k * width + columns, out + (k + 1) * width, typename E::Operand(0));
+    transpose_columns<E>(x, depth, columns, panels.steps, panels.panel(p), width);
 }
 
 // c (rows <= 6, kVectors vectors) = or += a (rows, steps) panel (steps, width = kVectors vectors).
@@ -221,22 +228,30 @@ Panels<E> pack(Matrix<Storage> b, int64_t depth, int64_t columns, typename E::Op
 }
 
 // Rows [i0, i0 + rows) and steps [k0, k0 + steps) of A (., depth) as operands: A itself where it
-// will do, else a copy in `memory` whose contiguous dim is A's.
+// will do, else a copy in `memory` (rows x steps, each padded to whole vectors) whose contiguous
+// dim is A's.
 template <class E, class Storage, class Map>
 Matrix<typename E::Operand> operand_block(Matrix<Storage> a, int64_t i0, int64_t rows, int64_t k0,
                                           int64_t steps, int64_t depth, typename E::Operand* memory,
                                           const Map& map) {
-  const int64_t first = k0 * E::kDepth;
-  const Matrix<Storage> block{a.data + i0 * a.row + first * a.column, a.row, a.column};
-  if (a.column == 1) {
-    if constexpr (std::is_same_v<Storage, typename E::Operand>) return block;
-    join_columns<E>(Matrix<Storage>{block.data, 1, a.row}, depth - first, rows, steps, memory, 1,
-                    steps);
-    return {memory, steps, 1};
+  using Operand = typename E::Operand;
+  const int64_t first = k0 * E::kDepth, left = depth - first;
+  const Storage* block = a.data + i0 * a.row + first * a.column;
+  if (a.column != 1) {
+    const int64_t padded = round_up<Operand>(rows);
+    join_rows<E>(Matrix<Storage>{block, a.column, 1}, left, rows, steps, memory, padded, map);
+    return {memory, 1, padded};
   }
-  join_rows<E>(Matrix<Storage>{block.data, a.column, 1}, depth - first, rows, steps, memory, rows,
-               map);
-  return {memory, 1, rows};
+  if constexpr (std::is_same_v<Storage, Operand>) {
+    return {block, a.row, 1};
+  } else {
+    const int64_t padded = round_up<Operand>(steps);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t k = 0; k < steps; k += kLanes<Operand>)
+        store(memory + i * padded + k,
+              E::load_steps(block + i * a.row + k * E::kDepth, left - k * E::kDepth));
+    return {memory, padded, 1};
+  }
 }
 
 // C (rows, b.columns) = A (rows, depth) B: epilogue(i, j, n, c) gets columns [j, j + n) of row i,
@@ -255,7 +270,8 @@ void gemm(int64_t rows, int64_t depth, Matrix<Storage> a, const Panels<E>& b,
   const auto carve = [&](std::byte* memory) {
     Carver carver(memory);
     auto* c = carver.take<Sum>(kBlockRows * kBlockColumns);
-    auto* a_block = carver.take<Operand>(kBlockRows * block_steps);
+    auto* a_block =
+        carver.take<Operand>(round_up<Operand>(kBlockRows) * round_up<Operand>(block_steps));
     return std::tuple{c, a_block, carver.used()};
   };
   parallel_for(row_blocks * column_blocks, std::get<2>(carve(nullptr)),

@@ -1,10 +1,12 @@
-// One SIMD level of one kernel file: what the level offers, then the kernels themselves.
-// Included by foreach_isa.h alone.
-#include "cpu/attention.h"
-#include "cpu/gemm.h"
-#include "cpu/math.h"
+// One SIMD level of one kernel file: what the level offers, each header building on the one before
+// it, then the kernels themselves. Included by foreach_isa.h alone.
+// clang-format off
 #include "cpu/simd.h"
+#include "cpu/math.h"
+#include "cpu/gemm.h"
+#include "cpu/attention.h"
 #include GPT_EXT_KERNEL_FILE
+// clang-format on
 #undef GPT_EXT_SIMD_LEVEL
 #undef GPT_EXT_VECTOR_BYTES
 #undef GPT_EXT_REGISTERS

@@ -93,6 +93,48 @@ GPT_EXT_INLINE void store(Storage* p, V x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = all[i];
 }
 
+// Rows of 42 float32 end in part of a vector, everywhere; x86 loads and stores it under a mask.
+#if defined(__x86_64__) && GPT_EXT_VECTOR_BYTES == 32
+GPT_EXT_INLINE __m256i first_elements(int64_t count) {
+  alignas(32) static constexpr int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask + 8 - count));
+}
+GPT_EXT_INLINE Vec<float> load(const float* p, int64_t count) {
+  return (Vec<float>)_mm256_maskload_ps(p, first_elements(count));
+}
+GPT_EXT_INLINE void store(float* p, Vec<float> x, int64_t count) {
+  _mm256_maskstore_ps(p, first_elements(count), (__m256)x);
+}
+#elif defined(__x86_64__) && GPT_EXT_VECTOR_BYTES == 64
+GPT_EXT_INLINE Vec<float> load(const float* p, int64_t count) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << count) - 1), p);
+}
+GPT_EXT_INLINE void store(float* p, Vec<float> x, int64_t count) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1 << count) - 1), (__m512)x);
+}
+#endif
+
+// Transposes a square of vectors in place: log2(lanes) rounds, each zipping the first half of the
+// rows with the second.
+template <int kHalf, class V, size_t... i>
+GPT_EXT_INLINE V zip(V a, V b, std::index_sequence<i...>) {
+  constexpr size_t kCount = sizeof...(i);
+  return __builtin_shufflevector(a, b, (kHalf * kCount / 2 + i / 2 + i % 2 * kCount)...);
+}
+template <class T>
+GPT_EXT_INLINE void transpose(Vec<T> (&x)[kLanes<T>]) {
+  constexpr int kCount = kLanes<T>;
+  for (int round = 1; round < kCount; round *= 2) {
+    Vec<T> zipped[kCount];
+    for (int i = 0; i < kCount / 2; ++i) {
+      constexpr std::make_index_sequence<kCount> kLane;
+      zipped[2 * i] = zip<0>(x[i], x[i + kCount / 2], kLane);
+      zipped[2 * i + 1] = zip<1>(x[i], x[i + kCount / 2], kLane);
+    }
+    for (int i = 0; i < kCount; ++i) x[i] = zipped[i];
+  }
+}
+
 template <class T>
 GPT_EXT_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
