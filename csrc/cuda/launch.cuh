@@ -1,0 +1,54 @@
+// Checked launches, and the map from a DType to the C++ type of its elements.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/error.h"
+#include "ops/backend.h"
+
+namespace gpt_ext::cuda {
+
+// The type in which sums over elements of type T are taken.
+template <class T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// dispatch_dtype(dtype, [&](auto element) { using T = typename decltype(element)::type; ... });
+template <class F>
+void dispatch_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return f(std::type_identity<double>{});
+    case DType::kFloat32:
+      return f(std::type_identity<float>{});
+    case DType::kBFloat16:
+      return f(std::type_identity<__nv_bfloat16>{});
+    case DType::kFloat16:
+      return f(std::type_identity<__half>{});
+  }
+  throw Error("unknown dtype");
+}
+
+// Enqueues kernel(args...) on a row of blocks: along x, the only side that takes 2^31 - 1 of them.
+// Without blocks there is no work, and nothing is launched.
+template <class... Params>
+void launch(Cuda backend, const char* name, void (*kernel)(Params...), int64_t blocks, int threads,
+            size_t shared_bytes, const std::type_identity_t<Params>&... args) {
+  if (blocks == 0) return;
+  check(blocks <= INT32_MAX, name, ": ", blocks, " blocks are more than a launch takes");
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(backend.stream);
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, args...);
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // told by the exception: nobody should meet it again
+  throw Error(std::string(name) + ": " + cudaGetErrorString(status));
+}
+
+}  // namespace gpt_ext::cuda
