@@ -14,26 +14,20 @@
 // pragma: an inline function first compiled for AVX-512 is what the linker may keep for all.
 
 #if defined(__x86_64__)
-#define GPT_EXT_SIMD_LEVEL_NAMES "scalar", "avx2", "avx512", "avx512_bf16"
-#define GPT_EXT_CALL_LEVEL(op, params)                                                    \
-  {                                                                                       \
-    using Kernel = decltype(&cpu::scalar::op);                                            \
-    static constexpr Kernel kLevels[] = {cpu::scalar::op, cpu::avx2::op, cpu::avx512::op, \
-                                         cpu::avx512_bf16::op};                           \
-    kLevels[cpu::simd_level_index()](params);                                             \
-  }
+#define GPT_EXT_SIMD_LEVELS(X, op) X(scalar, op) X(avx2, op) X(avx512, op) X(avx512_bf16, op)
 #elif defined(__aarch64__)
-#define GPT_EXT_SIMD_LEVEL_NAMES "scalar", "neon"
-#define GPT_EXT_CALL_LEVEL(op, params)                                    \
-  {                                                                       \
-    using Kernel = decltype(&cpu::scalar::op);                            \
-    static constexpr Kernel kLevels[] = {cpu::scalar::op, cpu::neon::op}; \
-    kLevels[cpu::simd_level_index()](params);                             \
-  }
+#define GPT_EXT_SIMD_LEVELS(X, op) X(scalar, op) X(neon, op)
 #else
-#define GPT_EXT_SIMD_LEVEL_NAMES "scalar"
-#define GPT_EXT_CALL_LEVEL(op, params) cpu::scalar::op(params)
+#define GPT_EXT_SIMD_LEVELS(X, op) X(scalar, op)
 #endif
+
+#define GPT_EXT_LEVEL_KERNEL(level, op) cpu::level::op,
+#define GPT_EXT_CALL_LEVEL(op, params)                        \
+  {                                                           \
+    static constexpr decltype(&cpu::scalar::op) kLevels[] = { \
+        GPT_EXT_SIMD_LEVELS(GPT_EXT_LEVEL_KERNEL, op)};       \
+    kLevels[cpu::simd_level_index()](params);                 \
+  }
 
 #ifdef GPT_EXT_KERNEL_FILE
 
@@ -69,46 +63,6 @@
 #define GPT_EXT_END_TARGET GPT_EXT_PRAGMA(GCC pop_options)
 #endif
 
-#define GPT_EXT_SIMD_LEVEL scalar
-#define GPT_EXT_VECTOR_BYTES 0  // one element a vector
-#define GPT_EXT_REGISTERS 16
-#define GPT_EXT_BF16_DOT 0
-#include "cpu/level.h"
-
-#if defined(__x86_64__)
-
-GPT_EXT_BEGIN_TARGET("avx2,fma")
-#define GPT_EXT_SIMD_LEVEL avx2
-#define GPT_EXT_VECTOR_BYTES 32
-#define GPT_EXT_REGISTERS 16
-#define GPT_EXT_BF16_DOT 0
-#include "cpu/level.h"
-GPT_EXT_END_TARGET
-
-GPT_EXT_BEGIN_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
-#define GPT_EXT_SIMD_LEVEL avx512
-#define GPT_EXT_VECTOR_BYTES 64
-#define GPT_EXT_REGISTERS 32
-#define GPT_EXT_BF16_DOT 0
-#include "cpu/level.h"
-GPT_EXT_END_TARGET
-
-GPT_EXT_BEGIN_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
-#define GPT_EXT_SIMD_LEVEL avx512_bf16
-#define GPT_EXT_VECTOR_BYTES 64
-#define GPT_EXT_REGISTERS 32
-#define GPT_EXT_BF16_DOT 1
-#include "cpu/level.h"
-GPT_EXT_END_TARGET
-
-#elif defined(__aarch64__)
-
-#define GPT_EXT_SIMD_LEVEL neon
-#define GPT_EXT_VECTOR_BYTES 16
-#define GPT_EXT_REGISTERS 32
-#define GPT_EXT_BF16_DOT 0
-#include "cpu/level.h"
-
-#endif
+#include "cpu/levels.h"
 
 #endif  // GPT_EXT_KERNEL_FILE

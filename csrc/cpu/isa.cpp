@@ -44,7 +44,10 @@ std::atomic<int>& chosen() {
 
 }  // namespace
 
-std::vector<std::string> compiled_simd_levels() { return {GPT_EXT_SIMD_LEVEL_NAMES}; }
+#define GPT_EXT_LEVEL_NAME(level, op) #level,
+std::vector<std::string> compiled_simd_levels() {
+  return {GPT_EXT_SIMD_LEVELS(GPT_EXT_LEVEL_NAME, )};
+}
 
 // Levels are nested, each a superset of the one before it, so an index into the supported ones is
 // an index into the compiled ones too.

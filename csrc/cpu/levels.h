@@ -1,0 +1,44 @@
+// The SIMD levels: what each may use, and the kernels compiled for it. Included by foreach_isa.h
+// alone, once a kernel file; the names are listed there, in the same order.
+
+#define GPT_EXT_SIMD_LEVEL scalar
+#define GPT_EXT_VECTOR_BYTES 0  // one element a vector
+#define GPT_EXT_REGISTERS 16
+#define GPT_EXT_BF16_DOT 0
+#include "cpu/level.h"
+
+#if defined(__x86_64__)
+
+GPT_EXT_BEGIN_TARGET("avx2,fma")
+#define GPT_EXT_SIMD_LEVEL avx2
+#define GPT_EXT_VECTOR_BYTES 32
+#define GPT_EXT_REGISTERS 16
+#define GPT_EXT_BF16_DOT 0
+#include "cpu/level.h"
+GPT_EXT_END_TARGET
+
+GPT_EXT_BEGIN_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
+#define GPT_EXT_SIMD_LEVEL avx512
+#define GPT_EXT_VECTOR_BYTES 64
+#define GPT_EXT_REGISTERS 32
+#define GPT_EXT_BF16_DOT 0
+#include "cpu/level.h"
+GPT_EXT_END_TARGET
+
+GPT_EXT_BEGIN_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#define GPT_EXT_SIMD_LEVEL avx512_bf16
+#define GPT_EXT_VECTOR_BYTES 64
+#define GPT_EXT_REGISTERS 32
+#define GPT_EXT_BF16_DOT 1
+#include "cpu/level.h"
+GPT_EXT_END_TARGET
+
+#elif defined(__aarch64__)
+
+#define GPT_EXT_SIMD_LEVEL neon
+#define GPT_EXT_VECTOR_BYTES 16
+#define GPT_EXT_REGISTERS 32
+#define GPT_EXT_BF16_DOT 0
+#include "cpu/level.h"
+
+#endif

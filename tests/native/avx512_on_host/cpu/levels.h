@@ -1,0 +1,57 @@
+// The AVX-512-BF16 level of the kernels, with AVX2 instructions: vectors of 64 bytes, which the
+// compiler splits in two, and twins of the intrinsics that the level names. So the level's own
+// tiles, tails, masks and pairs of bf16 are tested on any x86-64 machine with AVX2. Found before
+// csrc/cpu/levels.h on the include path; the level takes the place of avx2.
+
+#undef GPT_EXT_SIMD_LEVELS
+#define GPT_EXT_SIMD_LEVELS(X, op) X(scalar, op) X(avx2, op)
+
+#define GPT_EXT_SIMD_LEVEL scalar
+#define GPT_EXT_VECTOR_BYTES 0
+#define GPT_EXT_REGISTERS 16
+#define GPT_EXT_BF16_DOT 0
+#include "cpu/level.h"
+
+GPT_EXT_BEGIN_TARGET("avx2,fma")
+
+namespace gpt_ext::cpu::avx512_twin {
+
+typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
+
+inline Floats maskz_loadu_ps(__mmask16 mask, const float* p) {
+  Floats x = {};
+  for (int i = 0; i < 16; ++i)
+    if (mask >> i & 1) x[i] = p[i];
+  return x;
+}
+
+inline void mask_storeu_ps(float* p, __mmask16 mask, Floats x) {
+  for (int i = 0; i < 16; ++i)
+    if (mask >> i & 1) p[i] = x[i];
+}
+
+// vdpbf16ps: the odd elements' products are added first, each addition rounded.
+template <class Pairs>
+Floats dpbf16_ps(Floats sum, Pairs a, Pairs b) {
+  bf16 left[32], right[32];
+  std::memcpy(left, &a, sizeof left);
+  std::memcpy(right, &b, sizeof right);
+  for (int i = 0; i < 16; ++i) {
+    sum[i] += to_float(left[2 * i + 1]) * to_float(right[2 * i + 1]);
+    sum[i] += to_float(left[2 * i]) * to_float(right[2 * i]);
+  }
+  return sum;
+}
+
+}  // namespace gpt_ext::cpu::avx512_twin
+
+#define _mm512_maskz_loadu_ps gpt_ext::cpu::avx512_twin::maskz_loadu_ps
+#define _mm512_mask_storeu_ps gpt_ext::cpu::avx512_twin::mask_storeu_ps
+#define _mm512_dpbf16_ps gpt_ext::cpu::avx512_twin::dpbf16_ps
+
+#define GPT_EXT_SIMD_LEVEL avx2
+#define GPT_EXT_VECTOR_BYTES 64
+#define GPT_EXT_REGISTERS 32
+#define GPT_EXT_BF16_DOT 1
+#include "cpu/level.h"
+GPT_EXT_END_TARGET
