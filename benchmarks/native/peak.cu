@@ -1,7 +1,9 @@
 // The device's ceiling: float32 multiply-adds from registers alone.
-#include "peak.h"
-
 #include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "ops/backend.h"
 
 namespace gpt_ext::bench {
 namespace {
