@@ -1,0 +1,225 @@
+"""The model: a pre-norm, decoder-only transformer on the kernels of gpt_ext.ops.
+
+Dims: B batch, T time, C model_dim, H heads, D = C / H head size, V vocabulary.
+Sources: Vaswani et al., "Attention Is All You Need" (2017); pre-norm as in GPT-2, Radford et al.,
+"Language Models are Unsupervised Multitask Learners" (2019).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gpt_ext import generation, layouts
+from gpt_ext.checks import check_token_ids, check_tokens
+from gpt_ext.ops import causal_attention, feed_forward
+
+Activation = Literal["relu", "gelu", "gelu_tanh"]
+MAX_HEAD_SIZE = 256  # kMaxHeadDim of csrc/ops/attention.h
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The arguments of `GPT`; raises ValueError for values that make no model."""
+
+    vocab_size: int
+    context_length: int
+    model_dim: int
+    num_blocks: int
+    num_heads: int
+    dropout: float = 0.2
+    activation: Activation = "relu"
+    qkv_bias: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context_length", "model_dim", "num_blocks", "num_heads"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.model_dim % self.num_heads:
+            raise ValueError(
+                f"num_heads must divide model_dim, got {self.num_heads} heads of {self.model_dim}"
+            )
+        if self.model_dim // self.num_heads > MAX_HEAD_SIZE:
+            raise ValueError(
+                f"model_dim / num_heads must be at most {MAX_HEAD_SIZE}, "
+                f"got {self.model_dim} / {self.num_heads}"
+            )
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"dropout must be from 0 to 1, got {self.dropout!r}")
+        if self.activation not in get_args(Activation):
+            raise ValueError(
+                f"activation must be one of {get_args(Activation)}, got {self.activation!r}"
+            )
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention, (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        dim = config.model_dim
+        self.packed_shape = (3, config.num_heads, dim // config.num_heads)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias)
+        self.projection = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, attend: Callable[..., Tensor] = causal_attention) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, self.packed_shape).unbind(2)  # views (B, T, H, D)
+        return self.dropout(self.projection(attend(q, k, v).flatten(2)))
+
+
+class FeedForward(nn.Module):
+    """Linear, activation, Linear, four times as wide inside, (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.up = nn.Linear(config.model_dim, 4 * config.model_dim)
+        self.down = nn.Linear(4 * config.model_dim, config.model_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, down = self.up, self.down
+        return self.dropout(
+            feed_forward(x, up.weight, up.bias, down.weight, down.bias, activation=self.activation)
+        )
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.model_dim)
+        self.attention = Attention(config)
+        self.feed_forward_norm = nn.LayerNorm(config.model_dim)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, attend: Callable[..., Tensor] = causal_attention) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), attend)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class GPT(nn.Module):
+    """A GPT: tokens (B, T) int64 -> raw logits (B, T, V).
+
+    `activation` is "relu", "gelu" (exact) or "gelu_tanh"; `qkv_bias` gives the projection to
+    queries, keys and values a bias; `dropout` acts on what attention and feed-forward add to the
+    residual. Parameters start as PyTorch's layers start. Raises ValueError for sizes that make no
+    model.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        context_length: int,
+        model_dim: int,
+        num_blocks: int,
+        num_heads: int,
+        *,
+        dropout: float = 0.2,
+        activation: Activation = "relu",
+        qkv_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self._config = config = GPTConfig(
+            vocab_size, context_length, model_dim, num_blocks, num_heads,
+            dropout=dropout, activation=activation, qkv_bias=qkv_bias,
+        )  # fmt: skip
+        self.token_embedding = nn.Embedding(vocab_size, model_dim)
+        self.position_embedding = nn.Embedding(context_length, model_dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(num_blocks))
+        self.final_norm = nn.LayerNorm(model_dim)
+        self.vocab_projection = nn.Linear(model_dim, vocab_size)
+
+    @property
+    def config(self) -> GPTConfig:
+        """The arguments this model was built with."""
+        return self._config
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (B, T, V) of the token after each of `tokens` (B, T) int64, T <= context_length.
+
+        Raises TypeError for another dtype, ValueError for another shape, and IndexError for an id
+        outside the vocabulary; on CUDA, where looking would wait for the device, such an id fails
+        PyTorch's device-side assertion, which the next synchronisation raises.
+        """
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.vocab_projection(self.final_norm(x))
+
+    def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """Token plus position embedding, (B, T, C); the first token stands at position `start`."""
+        check_tokens(tokens)
+        end = start + tokens.shape[1]
+        if end > self.config.context_length:
+            raise ValueError(
+                f"tokens reach position {end}, beyond context_length={self.config.context_length}"
+            )
+        try:
+            x = self.token_embedding(tokens)
+        except IndexError:
+            check_token_ids(tokens, self.config.vocab_size)
+            raise
+        return x + self.position_embedding.weight[start:end]
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy, in nats a token, of `targets` (B, T) int64 after `tokens` (B, T).
+
+        Targets of -100 are left out of the mean, as in torch.nn.functional.cross_entropy.
+        """
+        if targets.shape != tokens.shape:
+            raise ValueError(
+                f"targets must be shaped like tokens, {tuple(tokens.shape)}, "
+                f"got {tuple(targets.shape)}"
+            )
+        return F.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
+
+    def generate(self, tokens: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
+        """`tokens` (B, T) int64 followed by `max_new_tokens` sampled ones, (B, T + new).
+
+        Takes the sampling options of `stream`.
+        """
+        new = self.stream(tokens, max_new_tokens, **sampling)
+        return torch.cat((tokens, *(token[:, None] for token in new)), dim=1)
+
+    def stream(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Samples what follows `tokens` (B, T) int64: an iterator over `max_new_tokens` of (B,).
+
+        Each token sees the context_length tokens before it. Logits are divided by `temperature` (0
+        takes the likeliest token); only the `top_k` likeliest tokens, and of those the smallest
+        set whose probability reaches `top_p` (Holtzman et al., 2020), stay in the draw, which
+        comes from `generator` or PyTorch's default one. Dropout is off, whatever the model's mode,
+        which stays as it was. Raises TypeError, ValueError or IndexError for a bad argument.
+        """
+        return generation.stream(
+            self, tokens, max_new_tokens, self.config.context_length,
+            temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
+        )  # fmt: skip
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Loads our own state dict, or one of the foreign layouts of `gpt_ext.layouts`.
+
+        Raises RuntimeError where keys are missing or unexpected (naming the closest layout) or
+        where the file wants a GPT built with other arguments (naming them).
+        """
+        own = layouts.to_own_layout(state_dict, self.config, strict)
+        return super().load_state_dict(own, strict, assign)
