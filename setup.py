@@ -147,16 +147,13 @@ class BuildExt(cpp_extension.BuildExtension if torch else build_ext):  # type: i
         super().build_extensions()
 
 
-# A folder for each torch and Python: objects of one must not end up in a build for another.
-SOABI = sysconfig.get_config_var("SOABI")
-BUILD = f"build/torch-{torch.__version__ if torch else 'none'}-{SOABI}"
-
-setup(
-    ext_modules=[
-        Extension(
-            "gpt_ext._C", sources("csrc/cpu/*.cpp") + sources("csrc/torch/*.cpp"), language="c++"
-        )
-    ],
-    cmdclass={"build_ext": BuildExt},
-    options={"build": {"build_base": BUILD}, "build_ext": {"build_temp": f"{BUILD}/objects"}},
-)
+if __name__ == "__main__":
+    # A folder for each torch and Python: objects of one must not end up in a build for another.
+    torch_version = torch.__version__ if torch else "none"
+    build = f"build/torch-{torch_version}-{sysconfig.get_config_var('SOABI')}"
+    native = sources("csrc/cpu/*.cpp") + sources("csrc/torch/*.cpp")
+    setup(
+        ext_modules=[Extension("gpt_ext._C", native, language="c++")],
+        cmdclass={"build_ext": BuildExt},
+        options={"build": {"build_base": build}, "build_ext": {"build_temp": f"{build}/objects"}},
+    )
