@@ -1,6 +1,8 @@
 // The activations of the feed-forward network and their derivatives.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cmath>
 
 #include "ops/ffn.h"

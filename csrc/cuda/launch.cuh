@@ -9,13 +9,14 @@
 #include <type_traits>
 
 #include "common/error.h"
+#include "common/numeric.h"
 #include "ops/backend.h"
 
 namespace gpt_ext::cuda {
 
 // The type in which sums over elements of type T are taken.
 template <class T>
-using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+using Accumulator = typename Accumulation<T>::type;
 
 // dispatch_dtype(dtype, [&](auto element) { using T = typename decltype(element)::type; ... });
 template <class F>

@@ -1,0 +1,95 @@
+// A CUDA whose device is the CPU: runs kernels, compiled as C++, one fiber a CUDA thread.
+//
+// Blocks run one after another; within a block a schedule picks which thread goes on whenever one
+// waits for others (at a barrier, in a warp's shuffle). What only happens to work in one order of
+// threads fails in another: run each kernel under several schedules and seeds. docs/cuda_on_host.md
+// says how it works and what a pass means.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <optional>
+#include <set>
+#include <source_location>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+namespace cuda_on_host {
+
+constexpr unsigned kWarpSize = 32;
+constexpr size_t kMaxSharedBytes = 48 * 1024;  // what a block gets without asking for more
+
+// A kernel's mistake: divergence, deadlock, a write out of bounds. Names kernel, block and thread.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// A line of kernel code at which threads wait for each other.
+struct Site {
+  std::string file;
+  unsigned line;
+  auto operator<=>(const Site&) const = default;
+};
+
+enum class Schedule {
+  kInOrder,     // every thread in turn, from the first
+  kReverse,     // ... from the last
+  kRandom,      // ... in a new random order each round
+  kWarpByWarp,  // one random warp, until it waits at a barrier of the block; then another
+};
+
+struct Options {
+  Schedule schedule = Schedule::kWarpByWarp;
+  uint64_t seed = 0;
+  std::optional<Site> planted;  // a planted bug: the barrier or shuffle written there does nothing
+};
+Options& options();
+
+// Every barrier and shuffle met since the last call.
+std::set<Site> take_sites();
+
+struct Index {
+  unsigned x, y, z;
+};
+struct Launch {
+  const void* kernel;  // its address, for its name
+  Index grid, block;
+  size_t shared_bytes;
+  std::function<void()> thread;  // what each thread runs
+};
+void run(const Launch&);
+
+// What kernel code calls, through the CUDA names of include/cuda_runtime.h.
+struct Indices {
+  Index thread, block, block_size, grid_size;
+};
+extern Indices current;
+std::byte* shared_memory();
+void barrier(const std::source_location& where);
+
+// A meeting of the 32 lanes of a warp: each brings a value, and nobody goes on before all are
+// there. Returns what lane i brought at [i], valid until this lane's next meeting.
+constexpr size_t kMaxValueBytes = 64;
+using Values = std::array<std::array<std::byte, kMaxValueBytes>, kWarpSize>;
+const Values& meet(const char* name, unsigned mask, const void* value, size_t size,
+                   const std::source_location& where);
+unsigned lane();
+bool is_planted(const std::source_location& where);
+
+// The shuffles: the lane that `source` chooses, given this lane's number, is the one whose value is
+// taken. Instructions of a whole warp (ldmatrix, mma.sync) are functions of the 32 values likewise.
+template <class T, class Source>
+T shuffle(const char* name, unsigned mask, T value, Source source,
+          const std::source_location& where) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 8);
+  const Values& values = meet(name, mask, &value, sizeof(T), where);
+  if (is_planted(where)) return value;
+  std::memcpy(&value, values[source(lane())].data(), sizeof(T));
+  return value;
+}
+
+}  // namespace cuda_on_host

@@ -1,0 +1,95 @@
+// The CUDA kernels of attention against the float64 reference, on a device or in the emulator.
+#include "attention_case.h"
+#include "check.h"
+
+namespace gpt_ext::test {
+namespace {
+
+constexpr DType kDTypes[] = {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+
+void check_case(const AttentionCase& c) { check_attention(Cuda{}, c); }
+
+TEST(every_head_size_and_length) {
+  for (const int64_t dim : {1, 7, 42, 64, 80, 128, 200, 256}) {
+    for (const int64_t time : {1, 2, 17, 33, 64, 129}) {
+      check_case({DType::kFloat32, 1, time, 2, dim});
+    }
+    check_case({DType::kFloat64, 2, 65, 1, dim});
+  }
+}
+
+TEST(every_dtype_and_layout) {
+  for (const DType dtype : kDTypes) {
+    for (const auto layout : {HeadsLayout::kContiguous, HeadsLayout::kPacked,
+                              HeadsLayout::kHeadMajor, HeadsLayout::kPadded}) {
+      check_case({dtype, 2, 70, 3, 42, layout});
+      check_case({dtype, 1, 33, 2, 129, layout});
+    }
+  }
+}
+
+TEST(dropout_is_the_contracts_mask) {
+  for (const DType dtype : kDTypes) {
+    check_case({dtype, 2, 70, 3, 42, HeadsLayout::kPacked, 0.2});
+    check_case({dtype, 1, 33, 2, 200, HeadsLayout::kContiguous, 0.7});
+  }
+  check_case({DType::kFloat32, 1, 20, 2, 16, HeadsLayout::kContiguous, 1.0});
+}
+
+TEST(a_scale_of_ones_own) {
+  check_case({DType::kFloat64, 1, 40, 1, 24, HeadsLayout::kContiguous, 0, 0.7});
+  check_case({DType::kFloat64, 1, 40, 1, 24, HeadsLayout::kContiguous, 0, -0.3});
+}
+
+TEST(nothing_to_do) {
+  check_case({DType::kFloat32, 0, 5, 2, 8});
+  check_case({DType::kFloat32, 2, 0, 2, 8});
+  check_case({DType::kFloat32, 2, 5, 0, 8});
+}
+
+// Scores of several hundred: exp would overflow without the running maximum.
+TEST(large_scores) {
+  const AttentionCase c{DType::kFloat32, 1, 100, 1, 64, HeadsLayout::kContiguous, 0, 40.0};
+  const AttentionInputs inputs = attention_inputs(c);
+  const AttentionResult actual = run_attention(Cuda{}, c, inputs);
+  const AttentionResult expected = reference_attention(c, inputs);
+  CHECK(error(actual.out, expected.out) < 1e-3, error(actual.out, expected.out));
+}
+
+TEST(a_query_sees_no_later_token) {
+  const AttentionCase c{DType::kFloat32, 1, 100, 2, 42};
+  AttentionInputs inputs = attention_inputs(c);
+  const Doubles before = run_attention(Cuda{}, c, inputs).out;
+  const int64_t row = c.heads * c.dim, cut = 67 * row;  // everything from token 67 on changes
+  for (Doubles* tensor : {&inputs.q, &inputs.k, &inputs.v}) {
+    for (size_t i = cut; i < tensor->size(); ++i) (*tensor)[i] += 5;
+  }
+  const Doubles after = run_attention(Cuda{}, c, inputs).out;
+  CHECK(std::equal(before.begin(), before.begin() + cut, after.begin()));
+  CHECK(!std::equal(before.begin() + cut, before.end(), after.begin() + cut));
+}
+
+TEST(bad_problems_are_refused) {
+  const auto message = [](AttentionProblem problem) {
+    return check::message_of(
+               [&] { attention_forward(Cuda{}, AttentionForward{{}, {}, {}, {}, {}, problem}); }) +
+           check::message_of([&] {
+             attention_backward(Cuda{},
+                                AttentionBackward{{}, {}, {}, {}, {}, {}, {}, {}, {}, {}, problem});
+           });
+  };
+  const std::string dim = "head_dim must be from 1 to 256, got ";
+  CHECK(message({DType::kFloat32, 1, 1, 1, 257, 1, 0, nullptr}) == dim + "257" + dim + "257");
+  CHECK(message({DType::kFloat32, 1, 1, 1, 0, 1, 0, nullptr}) == dim + "0" + dim + "0");
+  CHECK(message({DType::kFloat32, 1, 1, 1, 8, 1, 0.5, nullptr}).find("seed") != std::string::npos);
+  CHECK(message({static_cast<DType>(9), 1, 1, 1, 8, 1, 0, nullptr}) ==
+        "unknown dtypeunknown dtype");
+}
+
+}  // namespace
+}  // namespace gpt_ext::test
+
+int main() {
+  if (!gpt_ext::test::has_cuda_device()) return 77;  // what ctest takes for "skipped"
+  return check::run_all();
+}

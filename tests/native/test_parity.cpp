@@ -1,0 +1,66 @@
+// One contract, two backends: the CPU's kernels and the CUDA kernels in the emulator agree with the
+// float64 reference, and so with each other; dropout drops the same probabilities in both.
+#include "attention_case.h"
+#include "check.h"
+#include "ffn_case.h"
+
+namespace gpt_ext::test {
+namespace {
+
+constexpr DType kDTypes[] = {DType::kFloat64, DType::kFloat32, DType::kBFloat16};
+constexpr Activation kActivations[] = {Activation::kRelu, Activation::kGelu, Activation::kGeluTanh};
+
+TEST(attention) {
+  for (const DType dtype : kDTypes) {
+    for (const auto layout : {HeadsLayout::kContiguous, HeadsLayout::kPacked,
+                              HeadsLayout::kHeadMajor, HeadsLayout::kPadded}) {
+      for (const double dropout_p : {0.0, 0.2}) {
+        const AttentionCase c{dtype, 2, 70, 3, 42, layout, dropout_p};
+        const AttentionInputs inputs = attention_inputs(c);
+        const AttentionResult expected = reference_attention(c, inputs);
+        check_close(c, run_attention(Cpu{}, c, inputs), expected);
+        check_close(c, run_attention(Cuda{}, c, inputs), expected);
+      }
+    }
+  }
+}
+
+TEST(feed_forward) {
+  for (const DType dtype : kDTypes) {
+    for (const Activation activation : kActivations) {
+      const FfnCase c{dtype, activation, 70, 42, 130};
+      const FfnInputs inputs = ffn_inputs(c);
+      const FfnResult expected =
+          reference_ffn(inputs, activation, c.rows, c.model_dim, c.hidden_dim);
+      check_close(c, run_ffn(Cpu{}, c, inputs), expected);
+      check_close(c, run_ffn(Cuda{}, c, inputs), expected);
+    }
+  }
+}
+
+// With the identity for V, out_ij is P_ij itself: what was dropped can be read off.
+template <class Backend>
+std::vector<bool> kept_probabilities(Backend backend) {
+  const int64_t side = 64;
+  const AttentionCase c{DType::kFloat32, 1, side, 2, side, HeadsLayout::kHeadMajor, 0.3};
+  AttentionInputs inputs = attention_inputs(c);
+  for (int64_t i = 0; i < c.size(); ++i) {  // (T, H, D): token t's row has its one in column t
+    inputs.v[i] = i / (c.heads * side) == i % side;
+  }
+  const Doubles out = run_attention(backend, c, inputs).out;
+  std::vector<bool> kept;
+  for (const double probability : out) kept.push_back(probability != 0);
+  return kept;
+}
+
+TEST(one_dropout_mask) {
+  const std::vector<bool> cpu = kept_probabilities(Cpu{});
+  CHECK(cpu == kept_probabilities(Cuda{}));
+  const double share = std::count(cpu.begin(), cpu.end(), true) / (2 * 64 * 65 / 2.0);
+  CHECK(share > 0.65 && share < 0.75, share);
+}
+
+}  // namespace
+}  // namespace gpt_ext::test
+
+int main() { return check::run_all(); }

@@ -1,0 +1,95 @@
+// The real kernels in the emulator: one result, bit for bit, whatever the order of the threads; and
+// each of their barriers and shuffles, taken away in turn, is missed.
+#include "attention_case.h"
+#include "check.h"
+#include "cuda_on_host/emulator.h"
+#include "ffn_case.h"
+
+namespace gpt_ext::test {
+namespace {
+
+using cuda_on_host::options, cuda_on_host::Schedule, cuda_on_host::Site;
+
+// Sets the emulator's options for a while.
+struct Scope {
+  explicit Scope(cuda_on_host::Options scope) { options() = scope; }
+  ~Scope() { options() = {}; }
+};
+
+Doubles join(std::initializer_list<const Doubles*> parts) {
+  Doubles all;
+  for (const Doubles* part : parts) all.insert(all.end(), part->begin(), part->end());
+  return all;
+}
+
+// Everything an op computes at a size that takes several tiles each way, and a part of one.
+Doubles attention(DType dtype, int64_t dim) {
+  const AttentionCase c{dtype, 1, 2 * 64 + 1, 1, dim, HeadsLayout::kPacked, 0.1};
+  const AttentionResult r = run_attention(Cuda{}, c, attention_inputs(c));
+  return join({&r.out, &r.lse, &r.dq, &r.dk, &r.dv});
+}
+Doubles ffn(DType dtype) {
+  const FfnCase c{dtype, Activation::kGelu, 70, 65, 97};
+  const FfnResult r = run_ffn(Cuda{}, c, ffn_inputs(c));
+  return join({&r.out, &r.dx, &r.dw1, &r.db1, &r.dw2, &r.db2});
+}
+
+template <class Op>
+void check_schedules(Op&& op) {
+  const Doubles expected = [&] {
+    const Scope scope({Schedule::kInOrder, 0, {}});
+    return op();
+  }();
+  for (const Schedule schedule : {Schedule::kReverse, Schedule::kRandom, Schedule::kWarpByWarp}) {
+    for (const uint64_t seed : {1, 2, 3}) {
+      const Scope scope({schedule, seed, {}});
+      CHECK(op() == expected, "schedule=", static_cast<int>(schedule), " seed=", seed);
+    }
+  }
+}
+
+TEST(attention_is_the_same_in_every_schedule) {
+  check_schedules([] { return attention(DType::kFloat32, 80); });
+  check_schedules([] { return attention(DType::kBFloat16, 42); });
+  check_schedules([] { return attention(DType::kFloat64, 42); });
+}
+
+TEST(ffn_is_the_same_in_every_schedule) {
+  check_schedules([] { return ffn(DType::kFloat32); });
+  check_schedules([] { return ffn(DType::kFloat16); });
+}
+
+// What a missing barrier or shuffle gives depends on the schedule: NaN, other numbers, or an error.
+template <class Op>
+bool is_missed(const Site& site, const Doubles& expected, Op&& op) {
+  for (uint64_t seed = 0; seed < 8; ++seed) {
+    const Scope scope({Schedule::kWarpByWarp, seed, site});
+    Doubles actual;
+    if (!check::message_of([&] { actual = op(); }).empty() || actual != expected) return true;
+  }
+  return false;
+}
+
+template <class Op>
+void check_every_site(size_t at_least, Op&& op) {
+  cuda_on_host::take_sites();
+  const Doubles expected = op();
+  const std::set<Site> sites = cuda_on_host::take_sites();
+  CHECK(sites.size() >= at_least, "sites: ", sites.size());
+  for (const Site& site : sites) {
+    CHECK(is_missed(site, expected, op), "nothing needs ", site.file, ":", site.line);
+  }
+}
+
+TEST(attention_needs_each_barrier_and_shuffle) {  // 4 barriers; row_max, row_sum and delta's
+  check_every_site(7, [] { return attention(DType::kFloat32, 80); });
+}
+
+TEST(ffn_needs_each_barrier) {  // product's two and that of the column sums
+  check_every_site(3, [] { return ffn(DType::kFloat32); });
+}
+
+}  // namespace
+}  // namespace gpt_ext::test
+
+int main() { return check::run_all(); }

@@ -1,0 +1,97 @@
+// The CPU's kernels at every SIMD level this machine has, each forced in turn, against the float64
+// reference; and one result, bit for bit, for any number of threads.
+#include <omp.h>
+
+#include "attention_case.h"
+#include "check.h"
+#include "cpu/isa.h"
+#include "ffn_case.h"
+
+namespace gpt_ext::test {
+namespace {
+
+constexpr DType kDTypes[] = {DType::kFloat64, DType::kFloat32, DType::kBFloat16};
+constexpr Activation kActivations[] = {Activation::kRelu, Activation::kGelu, Activation::kGeluTanh};
+
+template <class F>
+void at_every_level(F&& f) {
+  const std::string before = cpu::simd_level();
+  for (const std::string& level : cpu::supported_simd_levels()) {
+    cpu::set_simd_level(level);
+    CHECK(cpu::simd_level() == level);
+    const int failures = check::failures;
+    f();
+    CHECK(check::failures == failures, "at level ", level);
+  }
+  cpu::set_simd_level(before);
+}
+
+TEST(attention_at_every_level) {
+  at_every_level([] {
+    for (const int64_t dim : {1, 7, 8, 42, 64, 80, 128, 200, 256}) {
+      for (const int64_t time : {0, 1, 2, 17, 31, 33, 64, 127, 129}) {
+        check_attention(Cpu{}, {DType::kFloat32, 1, time, 2, dim});
+      }
+      for (const DType dtype : kDTypes) {
+        check_attention(Cpu{}, {dtype, 2, 65, 2, dim, HeadsLayout::kPacked, 0.1});
+        check_attention(Cpu{}, {dtype, 1, 30, 3, dim, HeadsLayout::kPadded});
+      }
+    }
+    check_attention(Cpu{}, {DType::kFloat32, 1, 257, 1, 42, HeadsLayout::kHeadMajor});
+  });
+}
+
+TEST(feed_forward_at_every_level) {
+  at_every_level([] {
+    for (const Activation activation : kActivations) {
+      for (const DType dtype : kDTypes) {
+        check_ffn(Cpu{}, {dtype, activation, 70, 42, 130});
+        check_ffn(Cpu{}, {dtype, activation, 129, 65, 7});
+      }
+      check_ffn(Cpu{}, {DType::kFloat32, activation, 0, 5, 7});
+      check_ffn(Cpu{}, {DType::kFloat32, activation, 4, 0, 7});
+      check_ffn(Cpu{}, {DType::kFloat32, activation, 4, 5, 0});
+      for (const int64_t odd : {1, 2, 15, 16, 17}) {
+        check_ffn(Cpu{}, {DType::kFloat32, activation, odd, 33, odd});
+        check_ffn(Cpu{}, {DType::kFloat32, activation, 33, odd, 50});
+      }
+    }
+  });
+}
+
+TEST(the_number_of_threads_changes_no_bit) {
+  const AttentionCase a{DType::kFloat32, 2, 150, 3, 42, HeadsLayout::kPacked, 0.1};
+  const FfnCase f{DType::kFloat32, Activation::kGelu, 300, 50, 200};
+  const AttentionInputs attention = attention_inputs(a);
+  const FfnInputs ffn = ffn_inputs(f);
+  const int threads_before = omp_get_max_threads();
+  at_every_level([&] {
+    omp_set_num_threads(1);
+    const AttentionResult a1 = run_attention(Cpu{}, a, attention);
+    const FfnResult f1 = run_ffn(Cpu{}, f, ffn);
+    for (const int threads : {2, 3, 7}) {
+      omp_set_num_threads(threads);
+      const AttentionResult an = run_attention(Cpu{}, a, attention);
+      const FfnResult fn = run_ffn(Cpu{}, f, ffn);
+      CHECK(an.out == a1.out && an.lse == a1.lse, threads);
+      CHECK(an.dq == a1.dq && an.dk == a1.dk && an.dv == a1.dv, threads);
+      CHECK(fn.out == f1.out && fn.dx == f1.dx, threads);
+      CHECK(fn.dw1 == f1.dw1 && fn.db1 == f1.db1 && fn.dw2 == f1.dw2 && fn.db2 == f1.db2, threads);
+    }
+  });
+  omp_set_num_threads(threads_before);
+}
+
+TEST(levels) {
+  CHECK(cpu::supported_simd_levels().front() == "scalar");
+  CHECK(cpu::compiled_simd_levels().size() >= cpu::supported_simd_levels().size());
+  const std::string message = check::message_of([] { cpu::set_simd_level("avx1024"); });
+  CHECK(
+      message.find("'avx1024'") != std::string::npos && message.find("scalar") != std::string::npos,
+      message);
+}
+
+}  // namespace
+}  // namespace gpt_ext::test
+
+int main() { return check::run_all(); }
