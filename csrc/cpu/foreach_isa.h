@@ -13,14 +13,6 @@
 // Everything a level uses besides its own namespace must be included before the first target
 // pragma: an inline function first compiled for AVX-512 is what the linker may keep for all.
 
-#if defined(__x86_64__)
-#define GPT_EXT_SIMD_LEVELS(X, op) X(scalar, op) X(avx2, op) X(avx512, op) X(avx512_bf16, op)
-#elif defined(__aarch64__)
-#define GPT_EXT_SIMD_LEVELS(X, op) X(scalar, op) X(neon, op)
-#else
-#define GPT_EXT_SIMD_LEVELS(X, op) X(scalar, op)
-#endif
-
 #define GPT_EXT_LEVEL_KERNEL(level, op) cpu::level::op,
 #define GPT_EXT_CALL_LEVEL(op, params)                        \
   {                                                           \
@@ -63,6 +55,6 @@
 #define GPT_EXT_END_TARGET GPT_EXT_PRAGMA(GCC pop_options)
 #endif
 
-#include "cpu/levels.h"
-
 #endif  // GPT_EXT_KERNEL_FILE
+
+#include "cpu/levels.h"

@@ -237,7 +237,7 @@ Matrix<typename E::Operand> operand_block(Matrix<Storage> a, int64_t i0, int64_t
   using Operand = typename E::Operand;
   const int64_t first = k0 * E::kDepth, left = depth - first;
   const Storage* block = a.data + i0 * a.row + first * a.column;
-  if (a.column != 1) {
+  if (a.column != 1 || a.row == 1) {  // both are 1 where a dim is: this path alone applies map
     const int64_t padded = round_up<Operand>(rows);
     join_rows<E>(Matrix<Storage>{block, a.column, 1}, left, rows, steps, memory, padded, map);
     return {memory, 1, padded};

@@ -1,5 +1,15 @@
-// The SIMD levels: what each may use, and the kernels compiled for it. Included by foreach_isa.h
-// alone, once a kernel file; the names are listed there, in the same order.
+// The SIMD levels: their names, what each may use, and the kernels compiled for it. Included by
+// foreach_isa.h alone, at its end.
+
+#if defined(__x86_64__)
+#define GPT_EXT_SIMD_LEVELS(X, op) X(scalar, op) X(avx2, op) X(avx512, op) X(avx512_bf16, op)
+#elif defined(__aarch64__)
+#define GPT_EXT_SIMD_LEVELS(X, op) X(scalar, op) X(neon, op)
+#else
+#define GPT_EXT_SIMD_LEVELS(X, op) X(scalar, op)
+#endif
+
+#ifdef GPT_EXT_KERNEL_FILE
 
 #define GPT_EXT_SIMD_LEVEL scalar
 #define GPT_EXT_VECTOR_BYTES 0  // one element a vector
@@ -42,3 +52,5 @@ GPT_EXT_END_TARGET
 #include "cpu/level.h"
 
 #endif
+
+#endif  // GPT_EXT_KERNEL_FILE

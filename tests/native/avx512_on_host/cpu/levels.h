@@ -3,8 +3,9 @@
 // tiles, tails, masks and pairs of bf16 are tested on any x86-64 machine with AVX2. Found before
 // csrc/cpu/levels.h on the include path; the level takes the place of avx2.
 
-#undef GPT_EXT_SIMD_LEVELS
 #define GPT_EXT_SIMD_LEVELS(X, op) X(scalar, op) X(avx2, op)
+
+#ifdef GPT_EXT_KERNEL_FILE
 
 #define GPT_EXT_SIMD_LEVEL scalar
 #define GPT_EXT_VECTOR_BYTES 0
@@ -55,3 +56,5 @@ Floats dpbf16_ps(Floats sum, Pairs a, Pairs b) {
 #define GPT_EXT_BF16_DOT 1
 #include "cpu/level.h"
 GPT_EXT_END_TARGET
+
+#endif  // GPT_EXT_KERNEL_FILE
