@@ -29,7 +29,7 @@ void at_every_level(F&& f) {
 TEST(attention_at_every_level) {
   at_every_level([] {
     for (const int64_t dim : {1, 7, 8, 42, 64, 80, 128, 200, 256}) {
-      for (const int64_t time : {0, 1, 2, 17, 31, 33, 64, 127, 129}) {
+      for (const int64_t time : {0, 1, 2, 17, 33, 127}) {
         check_attention(Cpu{}, {DType::kFloat32, 1, time, 2, dim});
       }
       for (const DType dtype : kDTypes) {

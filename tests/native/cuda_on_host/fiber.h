@@ -3,9 +3,11 @@
 
 #include <cstddef>
 
-#if !defined(__x86_64__) || defined(CUDA_ON_HOST_UCONTEXT)
-#include <ucontext.h>
+#if !defined(__x86_64__) && !defined(CUDA_ON_HOST_UCONTEXT)
 #define CUDA_ON_HOST_UCONTEXT
+#endif
+#ifdef CUDA_ON_HOST_UCONTEXT
+#include <ucontext.h>
 #endif
 
 namespace cuda_on_host {
