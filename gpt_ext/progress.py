@@ -1,0 +1,78 @@
+"""What a training run shows: a bar on a terminal, lines elsewhere, and the curve of its losses."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gpt_ext.checkpoint import write_whole
+from gpt_ext.errors import UserError
+
+
+class Progress:
+    """Shows steps from `first` to `total`; without a terminal, a line every `every` steps."""
+
+    def __init__(self, first: int, total: int, every: int) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        self.total, self.every = total, every
+        self.terminal = sys.stdout.isatty()
+        self.console = Console(highlight=False, markup=False, soft_wrap=True)
+        self.bar = progress.Progress(
+            progress.TextColumn("{task.completed}/{task.total}"),
+            progress.BarColumn(),
+            progress.TextColumn("loss {task.fields[loss]:.3f}"),
+            progress.TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("left"),
+            console=self.console,
+            disable=not self.terminal,
+        )
+        self.task = self.bar.add_task("train", completed=first, total=total, loss=0.0, speed=0.0)
+
+    def __enter__(self) -> Progress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def step(
+        self, step: int, loss: float, tokens_per_second: float, steps_per_second: float
+    ) -> None:
+        """Tells of step number `step`, just done."""
+        self.bar.update(self.task, completed=step, loss=loss, speed=tokens_per_second)
+        if not self.terminal and step % self.every == 0:
+            left = (self.total - step) / steps_per_second
+            self.say(
+                f"step {step}/{self.total}  loss {loss:.4f}  "
+                f"{tokens_per_second:,.0f} tokens/s  {left:.0f} s left"
+            )
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        self.console.print(line)
+
+
+def draw_curve(metrics: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Training and validation loss by step, as a PNG; UserError where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("no loss curve without matplotlib: pip install 'gpt-ext[plot]'") from None
+
+    metrics = list(metrics)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a character)")
+    for key, label, style in (("loss", "training", "-"), ("validation_loss", "validation", "o-")):
+        points = [(record["step"], record[key]) for record in metrics if key in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=3)
+    axes.legend()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    write_whole(path, image.getvalue())

@@ -1,0 +1,342 @@
+"""The command line as a person uses it: in processes of its own, on real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import child
+import pytest
+from corpus import sentences
+
+from gpt_ext import build_info, cli, demo
+from gpt_ext.options import ModelOptions, TrainOptions
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+SMALL = (
+    *("--context-length", "16", "--model-dim", "16", "--num-blocks", "1", "--num-heads", "2"),
+    *("--batch-size", "4", "--eval-batches", "2", "--warmup-steps", "2"),
+)
+COMMAND = (sys.executable, "-m", "gpt_ext")
+
+
+def gpt_ext(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return child.run([*map(str, arguments)])
+
+
+def open_gpt_ext(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        **{
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "encoding": "utf-8",
+            "env": ENVIRONMENT,
+        } | options,
+    )  # fmt: skip
+
+
+def assert_one_error(result: subprocess.CompletedProcess[str], message: str) -> None:
+    """One line on stderr, exit code 2, nothing on stdout."""
+    assert re.fullmatch(rf"gpt-ext: error: .*{message}.*\n", result.stderr), result.stderr
+    assert result.returncode == 2
+    assert result.stdout == ""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text(sentences(3000))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(text: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A run made by the command line, and what that printed."""
+    run = text.parent / "run"
+    command = ["train", "--data", text, "--out", run, "--steps", "40", "--eval-every", "20"]
+    return run, gpt_ext(*command, "--log-every", "10", *SMALL)
+
+
+def test_train_tells_its_progress_and_leaves_a_run(
+    trained: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    run, result = trained
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    lines = result.stdout.splitlines()
+    assert re.fullmatch(r"[\d,]+ parameters, \d+ distinct characters", lines[0])
+    assert re.fullmatch(r"step 10/40  loss \d\.\d+  [\d,]+ tokens/s  \d+ s left", lines[1])
+    assert re.fullmatch(r"step 20/40  validation loss \d\.\d+", lines[3])
+    assert lines[-1] == f"done; to write with it: gpt-ext generate {run}"
+    names = {path.name for path in run.iterdir()}
+    files = {"config.json", "best.safetensors", "last.safetensors", "resume.pt", "metrics.jsonl"}
+    assert names - {"loss.png"} == files
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        assert "pip install 'gpt-ext[plot]'" in result.stdout
+    else:
+        assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    config = json.loads((run / "config.json").read_text())
+    assert config["model"] == {
+        "context_length": 16, "model_dim": 16, "num_blocks": 1, "num_heads": 2,
+        "dropout": 0.0, "activation": "relu", "qkv_bias": False,
+    }  # fmt: skip
+    assert config["train"]["steps"] == 40
+
+
+def test_generate_goes_on_from_the_prompt_by_its_seed(
+    trained: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    run, _ = trained
+    options = ["--prompt", "The king", "--length", "60", "--temperature", "0.9", "--top-k", "5"]
+    first, again, other = (
+        gpt_ext("generate", run, *options, "--seed", seed) for seed in ("1", "1", "2")
+    )
+    assert first.returncode == 0, first.stderr
+    assert first.stderr == ""
+    assert first.stdout.startswith("The king")
+    assert len(first.stdout) == len("The king") + 60 + 1
+    assert first.stdout == again.stdout != other.stdout
+
+
+def test_generate_streams_and_ctrl_c_ends_it_without_a_traceback(
+    trained: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    with open_gpt_ext("generate", trained[0], "--length", "1000000") as process:
+        assert process.stdout is not None
+        assert len(process.stdout.read(50)) == 50
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr == ""
+
+
+def test_a_reader_that_has_enough_ends_it_quietly(
+    trained: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    with open_gpt_ext("generate", trained[0], "--length", "1000000") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(5)
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=60) == 1
+
+
+def test_generate_into_a_full_disk(trained: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    with (
+        open("/dev/full", "w") as full,
+        open_gpt_ext("generate", trained[0], stdout=full) as process,
+    ):
+        _, stderr = process.communicate(timeout=60)
+    assert stderr == "gpt-ext: error: [Errno 28] No space left on device\n"
+    assert process.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "The kïng"], r"can't go on from 'The kïng': character 'ï' at position 5 "),
+        (["--prompt", ""], "can't go on from '': the prompt is empty"),
+        (["--temperature", "-1"], "temperature must be finite and not negative, got -1"),
+        (["--top-k", "0"], "top_k must be at least 1, got 0"),
+        (["--length", "-5"], "max_new_tokens must not be negative, got -5"),
+        (["--length", "many"], "length.*Expected a.*int.*many"),
+        (["--lenght", "5"], "unrecognized arguments: --lenght"),
+    ],
+)
+def test_generate_with_options_that_cannot_be(
+    trained: tuple[Path, subprocess.CompletedProcess[str]], options: list[str], message: str
+) -> None:
+    assert_one_error(gpt_ext("generate", trained[0], *options), message)
+
+
+def test_generate_from_what_is_no_run_or_a_damaged_one(
+    trained: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    assert_one_error(gpt_ext("generate", tmp_path / "none"), "is no run: there is no .*config.json")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for name in ("config.json", "best.safetensors"):
+        (damaged / name).write_bytes((trained[0] / name).read_bytes())
+    os.truncate(damaged / "best.safetensors", 5000)
+    assert_one_error(gpt_ext("generate", damaged), "best.safetensors is damaged")
+    config = json.loads((damaged / "config.json").read_text())
+    config["model"]["model_dim"] = 32
+    (damaged / "config.json").write_text(json.dumps(config))
+    (damaged / "best.safetensors").write_bytes((trained[0] / "best.safetensors").read_bytes())
+    assert_one_error(gpt_ext("generate", damaged), r"does not fit .*wants GPT\(model_dim=16\)")
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (None, [], "data does not exist"),
+        (b"", [], "data is empty"),
+        (b"\x89PNG\r\n\x1a\n\0\0", [], "data is binary, not text: zero byte at offset 8"),
+        (b"caf\xe9", [], "data is not UTF-8 text: byte 0xe9 at offset 3"),
+        (b"too short", [], "the data is too short: 9 characters, .* needs at least 161"),
+        (b"long enough " * 99, ["--num-heads", "3"], "num_heads must divide model_dim"),
+        (b"long enough " * 99, ["--steps", "0"], "steps must be above 0, got 0"),
+        (b"long enough " * 99, ["--activation", "tanh"], "activation.*Expected.*tanh"),
+    ],
+)
+def test_train_with_what_cannot_be_trained_on_leaves_nothing(
+    tmp_path: Path, content: bytes | None, options: list[str], message: str
+) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    if content is not None:
+        data.write_bytes(content)
+    assert_one_error(gpt_ext("train", "--data", data, "--out", run, *SMALL, *options), message)
+    assert not run.exists()
+
+
+def test_train_says_what_it_needs(
+    text: Path, trained: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    run, _ = trained
+    assert_one_error(gpt_ext("train"), "needs --data FILE and --out RUN, or --resume RUN")
+    assert_one_error(gpt_ext("train", "--data", tmp_path, "--out", tmp_path), "is a folder")
+    assert_one_error(
+        gpt_ext("train", "--data", text, "--out", run, *SMALL),
+        f"{run} exists already; to go on with it: gpt-ext train --resume {run}",
+    )
+    assert_one_error(gpt_ext("train", "--resume", run), "has done all its 40 steps")
+    assert_one_error(
+        gpt_ext("train", "--resume", run, "--steps", "80"), "takes its options from the run"
+    )
+    assert_one_error(gpt_ext("train", "--resume", tmp_path), "is no run")
+
+
+def interrupted(*arguments: str | Path) -> tuple[int, list[str]]:
+    """Exit code and lines of a training that gets Ctrl-C after its first line of progress."""
+    with open_gpt_ext(*arguments) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(2)]
+        assert lines[1].startswith("step "), lines
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    assert stderr == ""
+    return process.returncode, [*lines, *stdout.splitlines()]
+
+
+def test_ctrl_c_saves_and_resume_goes_on(text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    endless = ["--steps", "1000000", "--log-every", "5", "--eval-every", "1000000"]
+    code, lines = interrupted("train", "--data", text, "--out", run, *SMALL, *endless)
+    assert code == 130
+    told = re.fullmatch(
+        rf"stopped with step (\d+) saved; to go on: gpt-ext train --resume {run}", lines[-1]
+    )
+    assert told
+    assert int(told[1]) >= 5
+    assert gpt_ext("generate", run, "--length", "5").returncode == 0
+
+    code, lines = interrupted("train", "--resume", run)
+    assert code == 130
+    step = re.match(r"step (\d+)/", lines[1])
+    assert step
+    assert int(told[1]) < int(step[1]) <= int(told[1]) + 5
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing_half_written(
+    text: Path, tmp_path: Path
+) -> None:
+    """A limit on the size of files stands in for the disk: the config fits, the weights don't."""
+    run = tmp_path / "run"
+    train = ["train", "--data", text, "--out", run, "--steps", "8", "--eval-every", "4", *SMALL]
+    result = subprocess.run(
+        ["sh", "-c", 'ulimit -f 8; exec "$@"', "sh", *COMMAND, *map(str, train)],
+        capture_output=True, encoding="utf-8", timeout=120, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr == f"gpt-ext: error: cannot write {run}/best.safetensors: File too large\n"
+    assert sorted(path.name for path in run.iterdir()) == ["config.json", "metrics.jsonl"]
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_on_a_terminal_there_is_a_bar(text: Path, tmp_path: Path) -> None:
+    master, slave = pty.openpty()
+    command = ["train", "--data", text, "--out", tmp_path / "run", "--steps", "30", *SMALL]
+    with open_gpt_ext(*command, stdout=slave, env=ENVIRONMENT | {"TERM": "xterm"}) as process:
+        os.close(slave)
+        shown = bytearray()
+        while True:
+            try:
+                shown += os.read(master, 4096)
+            except OSError:  # EIO: the other end is closed
+                break
+    os.close(master)
+    assert process.returncode == 0
+    screen = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    assert re.search(r"30/30 ━+ loss \d\.\d+ [\d,]+ tokens/s 0:00:00 left", screen), screen
+    assert "step 10/30" not in screen
+
+
+def test_doctor_tells_the_build() -> None:
+    result = gpt_ext("doctor")
+    assert result.returncode == 0, result.stderr
+    told = dict(line.split(": ", 1) for line in result.stdout.splitlines())
+    facts = build_info()
+    assert told.keys() == facts.keys()
+    assert told["version"] == facts["version"]
+    assert told["simd_level"] == facts["simd_level"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"]])
+def test_commands_that_are_none(arguments: Sequence[str]) -> None:
+    assert_one_error(gpt_ext(*arguments), "train.*generate.*demo.*doctor")
+
+
+def test_help_lists_commands_and_options() -> None:
+    for arguments, words in (
+        ([], ["train", "generate", "demo", "doctor"]),
+        (["train"], ["--data", "--out", "--resume", "--model-dim", "--learning-rate", "AdamW"]),
+        (["generate"], ["run", "--prompt", "--length", "--temperature", "--top-k", "--seed"]),
+    ):
+        result = gpt_ext(*arguments, "--help")
+        assert result.returncode == 0
+        assert all(word in result.stdout for word in words)
+
+
+def test_the_demo_learns_and_writes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "MODEL", ModelOptions(16, 16, 1, 2))
+    monkeypatch.setattr(demo, "TRAIN", TrainOptions(steps=20, batch_size=4, eval_every=10))
+    assert cli.main(["demo"]) == 0
+    told = capsys.readouterr().out
+    assert re.match(r"learning from [\d,]+ bytes of Python's documentation\n", told)
+    written = told.split("what the model writes:\n\n")[1]
+    assert written.startswith("The ")
+    assert len(written) > 600
+
+
+def test_without_pydocs_topics_the_demo_reads_docstrings(monkeypatch: pytest.MonkeyPatch) -> None:
+    topics = demo.standard_library_text()
+    assert len(topics) > 300_000
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    docstrings = demo.standard_library_text()
+    assert docstrings != topics
+    assert len(docstrings) > 300_000
+    assert len(set(docstrings)) < 128
+
+
+def test_importing_gpt_ext_needs_torch_only() -> None:
+    extras = ("safetensors", "rich", "jsonargparse", "matplotlib", "yaml")
+    code = f"import sys, gpt_ext; print([name for name in {extras} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
+    assert result.stdout == "[]\n", result.stderr

@@ -1,0 +1,366 @@
+"""Training: what a step does, what a run leaves, and going on after a stop as if there was none."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from corpus import sentences
+from torch import nn
+
+from gpt_ext import GPT, checkpoint, train
+from gpt_ext.errors import UserError
+from gpt_ext.options import ModelOptions, TrainOptions
+
+MODEL = ModelOptions(context_length=16, model_dim=16, num_blocks=2, num_heads=2, dropout=0.1)
+TRAIN: dict[str, Any] = dict(
+    steps=24, batch_size=4, warmup_steps=4, eval_every=8, eval_batches=2, log_every=4
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """So small a model gains nothing from more (conftest gives the threads back)."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(sentences(3000))
+    return path
+
+
+@pytest.fixture
+def begin(text: Path, tmp_path: Path) -> Callable[..., train.Trainer]:
+    """begin("name", option=...) starts a small run in the folder of that name."""
+
+    def begin(name: str, **options: Any) -> train.Trainer:
+        return train.start(text, tmp_path / name, MODEL, TrainOptions(**TRAIN | options))
+
+    return begin
+
+
+def test_a_run_learns_and_leaves_its_files(begin: Callable[..., train.Trainer]) -> None:
+    trainer = begin("run", steps=150, eval_every=50, learning_rate=1e-2)
+    assert trainer.train()
+    records = checkpoint.read_lines(trainer.run / "metrics.jsonl")
+    evaluated = [r["validation_loss"] for r in records if "validation_loss" in r]
+    assert [r["step"] for r in records if "validation_loss" in r] == [50, 100, 150]
+    assert evaluated[-1] < 2.3 < math.log(len(trainer.tokenizer))
+    logged = [r for r in records if "loss" in r]
+    assert [r["step"] for r in logged] == list(range(4, 151, 4))
+    assert all(r["tokens_per_second"] > 0 and r["gradient_norm"] > 0 for r in logged)
+    assert sorted(path.name for path in trainer.run.iterdir()) == [
+        "best.safetensors", "config.json", "last.safetensors", "metrics.jsonl", "resume.pt",
+    ]  # fmt: skip
+    model, tokenizer = checkpoint.load_run(trainer.run)
+    assert model.config == trainer.model.config
+    assert tokenizer.vocabulary == trainer.tokenizer.vocabulary
+    config = json.loads((trainer.run / "config.json").read_text())
+    assert config["train"]["learning_rate"] == 1e-2
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(
+    begin: Callable[..., train.Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([3.0, 1.0, 2.0])
+    weights = []
+    monkeypatch.setattr(train.Trainer, "evaluate", lambda self: next(losses))
+    save = train.Trainer.save
+
+    def noting(self: train.Trainer, *loss: float) -> None:
+        weights.append(self.model.token_embedding.weight.detach().clone())
+        save(self, *loss)
+
+    monkeypatch.setattr(train.Trainer, "save", noting)
+    trainer = begin("run")
+    trainer.train()
+    best, _ = checkpoint.load_run(trainer.run)
+    assert torch.equal(best.token_embedding.weight, weights[1])
+    (trainer.run / checkpoint.BEST).unlink()
+    last, _ = checkpoint.load_run(trainer.run)
+    assert torch.equal(last.token_embedding.weight, weights[2])
+
+
+def final_state(run: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What must not depend on a stop: the records without their timings, and the state."""
+    records = checkpoint.read_lines(run / checkpoint.METRICS)
+    for record in records:
+        record.pop("tokens_per_second", None)
+    return records, checkpoint.load_state(run)
+
+
+def assert_equal_states(one: Any, other: Any) -> None:
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal_states(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_equal_states(a, b)
+    else:
+        assert one == other
+
+
+def interrupt_after(trainer: train.Trainer, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Presses Ctrl-C during the given step of a trainer."""
+    optimize = trainer.optimize
+
+    def pressing() -> dict[str, float]:
+        record = optimize()
+        if trainer.step == step:
+            signal.raise_signal(signal.SIGINT)
+        return record
+
+    monkeypatch.setattr(trainer, "optimize", pressing)
+
+
+@pytest.mark.parametrize("step", [3, 8, 13])
+def test_an_interrupted_run_goes_on_as_if_never_stopped(
+    begin: Callable[..., train.Trainer], monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    whole = begin("whole")
+    assert whole.train()
+    stopped = begin("stopped")
+    interrupt_after(stopped, step, monkeypatch)
+    assert not stopped.train()
+    assert stopped.step == stopped.saved == step
+    torch.manual_seed(999)
+    resumed = train.resume(stopped.run)
+    assert resumed.step == step
+    assert resumed.train()
+    records, state = final_state(whole.run)
+    resumed_records, resumed_state = final_state(stopped.run)
+    assert resumed_records == records
+    assert_equal_states(resumed_state, state)
+
+
+@pytest.mark.parametrize("forgotten", ["optimizer", "batches", "dropout"])
+def test_each_part_of_the_state_is_needed(
+    begin: Callable[..., train.Trainer], monkeypatch: pytest.MonkeyPatch, forgotten: str
+) -> None:
+    whole = begin("whole")
+    whole.train()
+    stopped = begin("stopped")
+    interrupt_after(stopped, 13, monkeypatch)
+    stopped.train()
+    fresh = begin("fresh")
+    fresh.save()
+    state = checkpoint.load_state(stopped.run)
+    state[forgotten] = checkpoint.load_state(fresh.run)[forgotten]
+    checkpoint.save_state(stopped.run, state)
+    train.resume(stopped.run).train()
+    assert final_state(whole.run)[0] != final_state(stopped.run)[0]
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(
+    begin: Callable[..., train.Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = begin("whole")
+    whole.train()
+    killed = begin("killed")
+    optimize = killed.optimize
+
+    def dying() -> dict[str, float]:
+        if killed.step == 14:
+            raise KeyboardInterrupt
+        return optimize()
+
+    monkeypatch.setattr(killed, "optimize", dying)
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed = train.resume(killed.run)
+    assert resumed.step == 8
+    resumed.train()
+    assert final_state(killed.run)[0] == final_state(whole.run)[0]
+
+
+def test_a_second_interrupt_stops_at_once_and_the_handler_is_given_back() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with train.on_interrupt() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_cannot_be_resumed_is_told(begin: Callable[..., train.Trainer], text: Path) -> None:
+    trainer = begin("run")
+    with pytest.raises(UserError, match="before its first checkpoint"):
+        train.resume(trainer.run)
+    trainer.train()
+    with pytest.raises(UserError, match="has done all its 24 steps"):
+        train.resume(trainer.run)
+    text.write_text(sentences(2999))
+    with pytest.raises(UserError, match=r"text\.txt has changed since the run"):
+        train.resume(trainer.run)
+
+
+def test_the_state_of_another_model_is_told(begin: Callable[..., train.Trainer]) -> None:
+    trainer = begin("run")
+    trainer.save()
+    state = checkpoint.load_state(trainer.run)
+    state["model"] = GPT(9, 16, 16, 2, 2).state_dict()
+    checkpoint.save_state(trainer.run, state)
+    with pytest.raises(UserError, match=r"resume\.pt is damaged: .*vocab_size=9"):
+        train.resume(trainer.run)
+
+
+@pytest.fixture
+def damage_weights(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """damage_weights(n): the n-th loss and all later ones are NaN."""
+
+    def damage(first: int) -> None:
+        calls = iter(range(1, 10_000))
+        loss = GPT.loss
+
+        def damaged(self: GPT, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            good = loss(self, tokens, targets)
+            return good * math.nan if self.training and next(calls) >= first else good
+
+        monkeypatch.setattr(GPT, "loss", damaged)
+
+    return damage
+
+
+def test_steps_without_a_finite_loss_are_skipped_then_the_run_stops(
+    begin: Callable[..., train.Trainer], damage_weights: Callable[[int], None]
+) -> None:
+    trainer = begin("run", max_skipped=5)
+    damage_weights(11)
+    with pytest.raises(
+        UserError, match=r"5 steps in a row .* step 15, .* keeps the checkpoint of step 8"
+    ):
+        trainer.train()
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+    records = checkpoint.read_lines(trainer.run / "metrics.jsonl")
+    assert [r["loss"] for r in records if r["step"] == 12] == [None]
+    assert train.resume(trainer.run).step == 8
+
+
+def test_a_single_bad_step_is_left_out(
+    begin: Callable[..., train.Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = begin("run")
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT, "loss", lambda self, x, y: self(x).sum() * math.inf)
+        trainer.optimize()
+    assert trainer.skipped == 1
+    after = list(trainer.model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    trainer.optimize()
+    assert trainer.skipped == 0
+    assert not torch.equal(after[0], before[0])
+
+
+def test_weights_gone_bad_are_not_saved_over_good_ones(
+    begin: Callable[..., train.Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([2.0, math.nan])
+    monkeypatch.setattr(train.Trainer, "evaluate", lambda self: next(losses))
+    trainer = begin("run")
+    with pytest.raises(UserError, match="validation loss is not finite: stopped at step 16"):
+        trainer.train()
+    assert train.resume(trainer.run).step == 8
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(
+    begin: Callable[..., train.Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = begin("run")
+    save = trainer.save
+
+    def save_when_full(*loss: float) -> None:
+        if trainer.step == 16:
+            error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(error))
+        save(*loss)
+
+    monkeypatch.setattr(trainer, "save", save_when_full)
+    with pytest.raises(UserError, match=r"cannot write .*safetensors: No space left on device"):
+        trainer.train()
+    monkeypatch.undo()
+    assert not list(trainer.run.glob(".*"))
+    checkpoint.load_run(trainer.run)
+    resumed = train.resume(trainer.run)
+    assert resumed.step == 8
+    assert resumed.train()
+
+
+def test_linear_weights_decay_and_nothing_else() -> None:
+    model = GPT(7, 8, 16, 1, 2, qkv_bias=True)
+    optimizer = train.build_optimizer(model, TrainOptions(weight_decay=0.5))
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert len(decay) == len(list(model.parameters()))
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    for name, parameter in model.named_parameters():
+        assert decay[id(parameter)] == (0.5 if id(parameter) in linear else 0.0), name
+
+
+def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine() -> None:
+    options = TrainOptions(steps=110, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.2)
+    rates = [train.learning_rate(step, options) for step in range(111)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[60] == pytest.approx(0.6)
+    assert rates[110] == pytest.approx(0.2)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert train.learning_rate(0, TrainOptions(warmup_steps=0)) == TrainOptions().learning_rate
+
+
+def test_gradients_are_clipped(begin: Callable[..., train.Trainer]) -> None:
+    trainer = begin("run", clip_norm=0.01)
+    assert trainer.optimize()["gradient_norm"] > 0.01
+    squares = sum(p.grad.square().sum().item() for p in trainer.model.parameters())
+    assert math.sqrt(squares) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_seed_gives_the_same_run_and_another_seed_another(
+    begin: Callable[..., train.Trainer],
+) -> None:
+    losses = [begin(str(i), seed=seed).optimize()["loss"] for i, seed in enumerate((3, 3, 4))]
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps must be above 0, got 0"),
+        ({"batch_size": -1}, "batch_size must be above 0, got -1"),
+        ({"learning_rate": math.nan}, "learning_rate must be above 0, got nan"),
+        ({"warmup_steps": -1}, "warmup_steps must not be negative, got -1"),
+        ({"beta2": 1.0}, "beta2 must be at least 0 and below 1, got 1.0"),
+        ({"device": "abacus"}, "device 'abacus' can't be used"),
+    ],
+)
+def test_options_that_make_no_run_leave_no_folder(
+    begin: Callable[..., train.Trainer], tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        begin("run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_terminal_lines_tell_of_progress(
+    begin: Callable[..., train.Trainer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin("run").train()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("step 4/24  loss ")
+    assert lines[0].endswith(" s left")
+    assert lines[2].startswith("step 8/24  validation loss ")
+    assert len(lines) == 24 // 4 + 24 // 8
