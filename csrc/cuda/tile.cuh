@@ -17,14 +17,12 @@ namespace gpt_ext::cuda {
 constexpr int kGrid = 16;
 constexpr int kThreads = kGrid * kGrid;
 
-// Two tiles must leave room for a second block in the 100 KB of shared memory of the smallest
-// architectures (sm_86, sm_89), and a block stays below 48 KB so that no launch has to ask for
-// more.
+// Two tiles must leave room for more blocks in the 100 KB of shared memory of the smallest
+// architectures (sm_86, sm_89), and stay below the 48 KB that a launch gets without asking.
 template <class Acc>
 constexpr int kTile = sizeof(Acc) == 8 ? 32 : 64;
 
-// The odd row pitch makes a walk down a column visit 32 different banks, as a walk along a row
-// does.
+// The odd row pitch makes a walk down a column visit 32 different banks, as one along a row does.
 template <class Acc>
 struct Tile {
   Acc at[kTile<Acc>][kTile<Acc> + 1];
