@@ -91,8 +91,7 @@ inline void check_problem(const AttentionProblem& p) {
 }
 
 // A kernel's fragments cover 64 or 256 columns, of which the head uses the first D. The registers
-// of the narrow kernels let two blocks share a multiprocessor; from 128 columns up it is always
-// one.
+// of the narrow kernels let two blocks share a multiprocessor; from 128 columns up it is one.
 template <class F>
 void dispatch_head_dim(int64_t dim, F&& f) {
   if (dim <= 64) return f(std::integral_constant<int, 64>{});

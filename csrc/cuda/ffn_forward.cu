@@ -1,5 +1,4 @@
-// The feed-forward network, forward: two products, the activation fused into the first one's
-// epilogue.
+// The feed-forward network, forward: two products, the activation in the first one's epilogue.
 //   hidden = act(x W1^T + b1),  out = hidden W2^T + b2
 #include "cuda/activation.cuh"
 #include "cuda/gemm.cuh"

@@ -1,5 +1,4 @@
-// The block's dynamic shared memory. The tests run the kernels on the host with a twin of this
-// file.
+// The block's dynamic shared memory. The tests, which run kernels on the host, have a twin of this.
 #pragma once
 
 namespace gpt_ext::cuda {

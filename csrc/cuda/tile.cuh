@@ -126,8 +126,7 @@ __device__ void multiply(Fragment<Acc>& c, const Tile<Acc>& a, const Tile<Acc>& 
   }
 }
 
-// The tile at (row0, column0) of op(A) op(B), both in global memory, `depth` the length of the
-// sums.
+// The tile at (row0, column0) of op(A) op(B), both in global memory; sums of `depth` terms.
 template <bool kTransposeA, bool kTransposeB, class Acc, class A, class B>
 __device__ Fragment<Acc> product(TilePair<Acc>& shared, const A& a, int64_t row0, const B& b,
                                  int64_t column0, int64_t depth) {

@@ -30,8 +30,7 @@ inline FfnInputs ffn_inputs(const FfnCase& c) {
           random_normal(c.dtype, d, 5),     random_normal(c.dtype, n * d, 6)};
 }
 
-// Which gradients backward is asked for; the others it gets a null pointer for and gives back
-// empty.
+// Which gradients backward is asked for; for the others it gets null pointers.
 struct Wanted {
   bool dx = true, dw1 = true, db1 = true, dw2 = true, db2 = true;
 };

@@ -1,10 +1,7 @@
 // The emulator itself: what a right kernel computes in it, and what it says about wrong ones.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "check.h"
@@ -36,8 +33,8 @@ __global__ void shuffles(int* out) {
   out[256 + i] = static_cast<int>(__shfl_xor_sync(0xFFFFFFFFu, i + 0.5, 1) * 2);
 }
 
-// The sum over a block through shared memory, as many times over as there are rounds: without one
-// of its barriers a fast warp reads too early, or overwrites what a slow one still has to read.
+// Hands values round the block through shared memory: without one of its barriers a fast warp reads
+// too early, or overwrites what a slow one still has to read.
 template <bool kFirst, bool kSecond>
 __global__ void rotate(int* out, int rounds) {
   Row& row = shared_memory<Row>();
@@ -317,42 +314,6 @@ TEST(our_launch_throws_what_cuda_says) {
   CHECK(check::message_of([] {
           launch(gpt_ext::Cuda{}, "grid", kernels::nothing, int64_t{1} << 31, 32, 0);
         }) == "grid: 2147483648 blocks are more than a launch takes");
-}
-
-// All 2^16 values survive the way to float and back; halfway cases go to the even neighbour.
-template <class Narrow>
-void check_rounding() {
-  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
-    Narrow value;
-    value.bits = static_cast<uint16_t>(bits);
-    const float exact = value;
-    if (std::isnan(exact)) continue;
-    CHECK(Narrow(exact).bits == bits, bits);
-    if ((bits & 0x7FFF) == 0 || std::isinf(exact)) continue;  // the next one away from zero:
-    Narrow next;
-    next.bits = static_cast<uint16_t>(bits + 1);
-    if (std::isinf(float(next))) continue;
-    const float halfway = static_cast<float>((double{exact} + double{float(next)}) / 2);
-    CHECK(Narrow(halfway).bits == (bits % 2 ? bits + 1 : bits), bits);
-    CHECK(Narrow(std::nextafter(halfway, float(next))).bits == bits + 1, bits);
-    CHECK(Narrow(std::nextafter(halfway, exact)).bits == bits, bits);
-  }
-  CHECK(std::isnan(float(Narrow(NAN))));
-  CHECK(std::isinf(float(Narrow(std::numeric_limits<float>::infinity()))));
-}
-
-TEST(bfloat16_rounds_to_nearest_even) {
-  check_rounding<__nv_bfloat16>();
-  CHECK(std::isinf(float(__nv_bfloat16(std::numeric_limits<float>::max()))));
-}
-
-TEST(float16_rounds_to_nearest_even) {
-  check_rounding<__half>();
-  CHECK(float(__half(65519.0f)) == 65504.0f);
-  CHECK(std::isinf(float(__half(65520.0f))));
-  CHECK(float(__half(0x1p-24f)) == 0x1p-24f);
-  CHECK(float(__half(0x1p-25f)) == 0.0f);
-  CHECK(float(__half(-1.5f)) == -1.5f);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The CUDA kernels of the feed-forward network against the float64 reference, on a device or in the
-// emulator.
+// The CUDA kernels of the feed-forward network against the float64 reference, on a device or in
+// the emulator.
 #include "check.h"
 #include "ffn_case.h"
 

@@ -22,8 +22,7 @@ TEST(known_answers) {
               {{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}});
 }
 
-// The share of elements kept, over heads, rows and columns alike, is 1 - p within 5 standard
-// deviations.
+// The share of elements kept, over heads, rows and columns, is 1 - p within 5 standard deviations.
 TEST(dropout_keeps_its_share) {
   for (const double p : {0.0, 0.1, 0.5, 0.9, 1.0}) {
     const AttentionDropout dropout(42, p);
