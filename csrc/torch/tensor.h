@@ -89,8 +89,8 @@ inline void check_contiguous(const Tensor& tensor, const char* name) {
 
 inline void check_last_dim_contiguous(const Tensor& tensor, const char* name) {
   const int64_t last = tensor.dim() - 1;
-  check(tensor.stride(last) == 1 || tensor.size(last) == 1, name, " has stride ",
-        tensor.stride(last), " in its last dim, expected 1");
+  check(tensor.stride(last) == 1 || tensor.size(last) == 1 || tensor.numel() == 0, name,
+        " has stride ", tensor.stride(last), " in its last dim, expected 1");
 }
 
 // A new contiguous tensor on like's device.

@@ -1,0 +1,53 @@
+"""Fixtures of all tests: the devices, the SIMD levels, and one starting state for every test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from gpt_ext import _C
+
+DEVICES = [
+    "cpu",
+    *(["cuda"] if torch.cuda.is_available() and _C.build_facts()["with_cuda"] else []),
+]
+BACKENDS = [*(f"cpu-{level}" for level in _C.supported_simd_levels()), *DEVICES[1:]]
+
+# Warnings are errors in the tests; these torch gives itself, about its own code.
+TORCH_WARNINGS = [
+    "`torch.jit.script",  # forward-mode AD's decompositions, inductor
+    "<class 'torch.autograd.function.Function'> should not be instantiated",  # dynamo
+]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for message in TORCH_WARNINGS:
+        config.addinivalue_line("filterwarnings", f"ignore:{message}:DeprecationWarning")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device there is: "cpu", and "cuda" where the build and the machine have it."""
+    return request.param
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every device, the CPU once for each SIMD level it supports, which is forced meanwhile."""
+    device, _, level = request.param.partition("-")
+    chosen = _C.simd_level()
+    if level:
+        _C.set_simd_level(level)
+    yield device
+    _C.set_simd_level(chosen)
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> Iterator[None]:
+    """Seeds torch's generators before each test and gives back the number of threads after it."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,355 @@
+"""Causal attention: its values, its gradients, and every promise of its contract."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from compare import assert_as_good_as_torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpt_ext.ops import causal_attention
+
+RAW_FORWARD = torch.ops.gpt_ext.attention_forward
+RAW_BACKWARD = torch.ops.gpt_ext.attention_backward
+
+TIMES = [1, 2, 17, 31, 33, 64, 127, 128, 129, 257]
+HEAD_DIMS = [1, 7, 8, 42, 64, 80, 128, 200, 256]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+if torch.cuda.is_available():
+    DTYPES.append(torch.float16)
+
+
+def packed(
+    batch: int, time: int, heads: int, dim: int, device: str, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
+    """q, k, v as views of one (B, T, 3, H, D) tensor."""
+    return torch.randn(batch, time, 3, heads, dim, device=device, dtype=dtype).unbind(2)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's own causal attention for (B, T, H, D)."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def results(inputs: tuple[Tensor, ...], dout: Tensor) -> list[Tensor]:
+    return reference.with_gradients(causal_attention, inputs, dout)
+
+
+def assert_right(inputs: tuple[Tensor, ...]) -> None:
+    """Output and gradients obey the tolerance rule for a random gradient of the output."""
+    dout = torch.randn_like(inputs[0])
+    ours = results(inputs, dout)
+    torchs = reference.with_gradients(sdpa, inputs, dout)
+    exact = reference.exact(reference.attention, inputs, dout)
+    assert_as_good_as_torch(["out", "dq", "dk", "dv"], ours, torchs, exact)
+
+
+def skip_half_on_cpu(dtype: torch.dtype, device: str) -> None:
+    if dtype == torch.float16 and device == "cpu":
+        pytest.skip("float16 is for CUDA only")
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize("time", TIMES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_and_gradients(dtype: torch.dtype, time: int, dim: int, backend: str) -> None:
+    skip_half_on_cpu(dtype, backend)
+    assert_right(packed(2, time, 2, dim, backend, dtype))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, -0.3])
+def test_scale(scale: float, backend: str) -> None:
+    q, k, v = packed(2, 40, 2, 16, backend, torch.float64)
+    expected = reference.attention(q.cpu(), k.cpu(), v.cpu(), scale)
+    torch.testing.assert_close(causal_attention(q, k, v, scale=scale).cpu(), expected)
+
+
+def test_large_scores_do_not_overflow(backend: str) -> None:
+    q, k, v = packed(1, 70, 2, 32, backend)
+    assert_right((q * 100, k * 100, v))
+
+
+def test_lse(backend: str) -> None:
+    q, k, v = packed(2, 70, 3, 42, backend, torch.float64)
+    _, lse = RAW_FORWARD(q, k, v, 0.2, 0.0, None)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * 0.2
+    future = torch.ones(70, 70, dtype=torch.bool, device=backend).triu(1)
+    torch.testing.assert_close(lse, scores.masked_fill(future, -torch.inf).logsumexp(-1))
+
+
+class RecordedOps(TorchDispatchMode):
+    """The names of the ops called inside, on real tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_packed_views_are_read_in_place(device: str) -> None:
+    q, k, v = packed(2, 9, 3, 8, device)
+    with RecordedOps() as ops:
+        out = causal_attention(q, k, v)
+    assert ops.names == ["gpt_ext::attention_forward"]
+    assert torch.equal(out, causal_attention(q.contiguous(), k.contiguous(), v.contiguous()))
+    assert out.is_contiguous()
+
+
+STRIDED = {
+    "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "time first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "every other step": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
+    "inside a wider row": lambda x: F.pad(x, (3, 5))[..., 3:-5],
+    "last dim strided": lambda x: x.mT.contiguous().mT,
+    "one batch expanded": lambda x: x[:1].expand_as(x),
+    "one head expanded": lambda x: x[:, :, :1].expand_as(x),
+    "one number expanded": lambda x: x[:1, :1, :1, :1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("layout", STRIDED)
+def test_strides_change_nothing(layout: str, backend: str) -> None:
+    q, k, v, dout = (STRIDED[layout](t) for t in torch.randn(4, 2, 33, 3, 10, device=backend))
+    strided = results((q, k, v), dout)
+    contiguous = results((q.contiguous(), k.contiguous(), v.contiguous()), dout.contiguous())
+    for one, other in zip(strided, contiguous, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 2, 8), (2, 0, 2, 8), (2, 5, 0, 8)], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_empty(shape: tuple[int, ...], dropout_p: float, backend: str) -> None:
+    q = torch.empty(shape, device=backend, requires_grad=True)
+    out = causal_attention(q, q, q, dropout_p=dropout_p)
+    out.sum().backward()
+    assert out.shape == q.grad.shape == shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("now", [1, 30, 64, 100])
+def test_the_future_changes_nothing_before_it(now: int, dtype: torch.dtype, backend: str) -> None:
+    skip_half_on_cpu(dtype, backend)
+    inputs = packed(2, 129, 2, 24, backend, dtype)
+    dout = torch.randn(2, 129, 2, 24, device=backend, dtype=dtype)
+    dout[:, now:] = 0
+    before = results(inputs, dout)
+    changed = tuple(torch.cat([t[:, :now], 50 * torch.randn_like(t[:, now:])], 1) for t in inputs)
+    after = results(changed, dout)
+    for one, other in zip(before, after, strict=True):
+        assert torch.equal(one[:, :now], other[:, :now])
+    for gradient in after[1:]:
+        assert torch.equal(gradient[:, now:], torch.zeros_like(gradient[:, now:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 257, 1, 42), (3, 129, 3, 64)], ids=str)
+def test_threads_change_nothing(shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
+    inputs = packed(*shape, backend, dtype)
+    dout = torch.randn(shape, device=backend, dtype=dtype)
+    every = []
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        every.append(results(inputs, dout))
+    for one in every[1:]:
+        assert all(map(torch.equal, one, every[0]))
+
+
+def test_repeats_are_equal_bit_for_bit(backend: str) -> None:
+    inputs = packed(3, 200, 2, 42, backend)
+    dout = torch.randn(3, 200, 2, 42, device=backend)
+    first = results(inputs, dout)
+    for _ in range(3):
+        assert all(map(torch.equal, results(inputs, dout), first))
+
+
+def test_unneeded_gradients_are_none(device: str) -> None:
+    q, k, v = packed(1, 5, 2, 4, device)
+    k.requires_grad_()
+    causal_attention(q, k, v).sum().backward()
+    assert k.grad is not None
+    assert q.grad is None
+    assert v.grad is None
+
+
+# Dropout
+
+
+def test_dropout_values_and_gradients(backend: str) -> None:
+    p, seed = 0.3, 11
+    q, k, v = packed(2, 34, 2, 16, backend, torch.float64)
+    dout = torch.randn_like(q)
+    seed_tensor = torch.tensor([seed], device=backend)
+    out, lse = RAW_FORWARD(q, k, v, 0.25, p, seed_tensor)
+    grads = RAW_BACKWARD(dout, q, k, v, out, lse, 0.25, p, seed_tensor)
+    factor = reference.attention_keep_mask(seed, p, 2, 2, 34).double() / (1 - p)
+    exact = reference.exact(
+        lambda *t: reference.attention(*t, scale=0.25, factor=factor), (q, k, v), dout
+    )
+    for ours, right in zip((out, *grads), exact, strict=True):
+        torch.testing.assert_close(ours.cpu(), right, rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_statistics(device: str) -> None:
+    batch, time, heads, p = 4, 64, 4, 0.2
+    ones = torch.ones(batch, time, heads, time, device=device)
+    v = torch.eye(time, device=device)[None, :, None].expand_as(ones)
+    out = causal_attention(ones, ones, v, dropout_p=p).transpose(1, 2)  # (B, H, T, T)
+    past = torch.ones(time, time, dtype=torch.bool, device=device).tril()
+    kept = (out[..., past] != 0).double()
+    deviation = (p * (1 - p) / kept.numel()) ** 0.5
+    assert abs(kept.mean().item() - (1 - p)) < 4 * deviation
+    expected = 1 / torch.arange(1, time + 1, device=device) / (1 - p)  # 1/(i+1), scaled
+    rows = torch.where(out != 0, expected[:, None].float(), 0.0)
+    torch.testing.assert_close(out, rows)
+
+
+def test_dropout_follows_the_generator(device: str) -> None:
+    q, k, v = packed(2, 20, 2, 8, device)
+    torch.manual_seed(5)
+    first, second = (causal_attention(q, k, v, dropout_p=0.5) for _ in range(2))
+    torch.manual_seed(5)
+    assert torch.equal(first, causal_attention(q, k, v, dropout_p=0.5))
+    assert not torch.equal(first, second)
+
+
+def test_no_dropout_draws_nothing(device: str) -> None:
+    q, k, v = packed(1, 5, 1, 4, device)
+    expected = torch.Generator().manual_seed(0).get_state()
+    torch.manual_seed(0)
+    causal_attention(q, k, v)
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_dropout_of_everything(backend: str) -> None:
+    inputs = packed(2, 20, 2, 8, backend)
+    dout = torch.randn(2, 20, 2, 8, device=backend)
+    everything = reference.with_gradients(
+        lambda *t: causal_attention(*t, dropout_p=1.0), inputs, dout
+    )
+    for tensor in everything:
+        assert torch.equal(tensor, torch.zeros_like(tensor))
+
+
+# Gradients of the gradients
+
+
+def checked(*, seed: int | None = None, **options):
+    """causal_attention as gradcheck needs it: the same dropout mask at every call."""
+
+    def function(*inputs: Tensor) -> Tensor:
+        if seed is not None:
+            torch.manual_seed(seed)
+        return causal_attention(*inputs, **options)
+
+    return function
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 0.7}, {"dropout_p": 0.4, "seed": 3}], ids=str)
+def test_gradcheck(options: dict, device: str) -> None:
+    inputs = tuple(t.requires_grad_() for t in packed(1, 3, 2, 2, device, torch.float64))
+    function = checked(**options)
+    assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_gradcheck_of_one_tensor_in_three_places(device: str) -> None:
+    x = torch.randn(1, 3, 1, 2, dtype=torch.float64, device=device, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: causal_attention(x, x, x), x)
+    assert torch.autograd.gradgradcheck(lambda x: causal_attention(x, x, x), x)
+
+
+# The raw ops
+
+
+@pytest.mark.parametrize("layout", ["packed", "heads first", "inside a wider row"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_opcheck(layout: str, dropout_p: float, device: str) -> None:
+    q, k, v = packed(2, 9, 3, 8, device)
+    dout = torch.randn_like(q)
+    if layout != "packed":
+        q, k, v, dout = (STRIDED[layout](t) for t in (q, k, v, dout))
+    seed = torch.tensor([7], device=device) if dropout_p else None
+    torch.library.opcheck(RAW_FORWARD, (q, k, v, 0.3, dropout_p, seed))
+    out, lse = RAW_FORWARD(q, k, v, 0.3, dropout_p, seed)
+    torch.library.opcheck(RAW_BACKWARD, (dout, q, k, v, out, lse, 0.3, dropout_p, seed))
+
+
+# Wrong arguments: one clear error, from the public call and from the raw ops
+
+X = torch.ones(2, 5, 3, 4)
+
+WRONG = {
+    "no tensor": (([1.0], X, X), {}, TypeError, "q is list, expected a torch.Tensor"),
+    "integers": ((X.long(),) * 3, {}, TypeError, "q has dtype torch.int64, expected float64, "),
+    "complex": ((X.cfloat(),) * 3, {}, TypeError, "q has dtype torch.complex64"),
+    "half on CPU": ((X.half(),) * 3, {}, TypeError, "q has dtype torch.float16, .* CUDA only"),
+    "mixed dtypes": ((X, X, X.double()), {}, TypeError, "v has dtype torch.float64, .*float32"),
+    "mixed devices": ((X, X.to("meta"), X), {}, ValueError, "k is on meta, expected cpu as q"),
+    "rank": ((X[0],) * 3, {}, ValueError, r"q has shape \(5, 3, 4\), expected \(B, T, H, D\)"),
+    "scalar": ((X[0, 0, 0, 0],) * 3, {}, ValueError, r"q has shape \(\), expected"),
+    "shapes": ((X, X[:, :4], X), {}, ValueError, r"k has shape \(2, 4, 3, 4\), expected .*2, 5, 3"),
+    "v's rank": ((X, X, X[0]), {}, ValueError, r"v has shape \(5, 3, 4\)"),
+    "head size 0": ((X[..., :0],) * 3, {}, ValueError, "head size D = 0, expected 1 to 256"),
+    "head size 257": ((torch.ones(1, 2, 1, 257),) * 3, {}, ValueError, "D = 257, expected 1 to"),
+    "dropout -0.1": ((X, X, X), {"dropout_p": -0.1}, ValueError, "dropout_p is -0.1, expected 0"),
+    "dropout 1.1": ((X, X, X), {"dropout_p": 1.1}, ValueError, "dropout_p is 1.1, expected 0 to 1"),
+    "dropout nan": ((X, X, X), {"dropout_p": float("nan")}, ValueError, "dropout_p is nan"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments(case: str) -> None:
+    arguments, options, error, message = WRONG[case]
+    with pytest.raises(error, match=message):
+        causal_attention(*arguments, **options)
+
+
+SEED = torch.tensor([1])
+LSE = torch.zeros(2, 3, 5)
+
+WRONG_RAW = {
+    "integers": ((X.long(),) * 3, (0.0, None), "q has dtype Long, expected float64"),
+    "half on CPU": ((X.half(),) * 3, (0.0, None), "q has dtype float16, which is for CUDA only"),
+    "mixed dtypes": ((X, X.double(), X), (0.0, None), "k has dtype Double, expected Float"),
+    "rank": ((X[0], X, X), (0.0, None), r"q has shape \(5, 3, 4\), expected \(B, T, H, D\)"),
+    "shapes": ((X, X, X[:, 1:]), (0.0, None), r"v has shape \(2, 4, 3, 4\), expected \(2, 5, 3"),
+    "head size": ((torch.ones(1, 1, 1, 257),) * 3, (0.0, None), "q has head size 257, expected 1"),
+    "strided": ((X, X, X.mT.contiguous().mT), (0.0, None), "v has stride 3 in its last dim"),
+    "dropout": ((X, X, X), (2.0, SEED), "dropout_p is 2, expected 0 to 1"),
+    "no seed": ((X, X, X), (0.5, None), "dropout_seed is None, expected a tensor"),
+    "seed's dtype": ((X, X, X), (0.5, SEED.int()), "dropout_seed has dtype Int, expected Long"),
+    "seed's shape": ((X, X, X), (0.5, SEED[0]), r"dropout_seed has shape \(\), expected \(1\)"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_RAW)
+def test_raw_ops_refuse(case: str) -> None:
+    inputs, dropout, message = WRONG_RAW[case]
+    with pytest.raises(RuntimeError, match=message):
+        RAW_FORWARD(*inputs, 0.5, *dropout)
+    with pytest.raises(RuntimeError, match=message):
+        RAW_BACKWARD(X, *inputs, X, LSE, 0.5, *dropout)
+
+
+@pytest.mark.parametrize(
+    ("dout", "out", "lse", "message"),
+    [
+        (X.double(), X, LSE, "dout has dtype Double, expected Float"),
+        (X[1:], X, LSE, r"dout has shape \(1, 5, 3, 4\), expected \(2, 5, 3, 4\)"),
+        (X[:1, :1, :1, :1].expand_as(X), X, LSE, "dout has stride 0 in its last dim, expected 1"),
+        (X, X.bfloat16(), LSE, "out has dtype BFloat16, expected Float"),
+        (X, X, LSE.double(), "lse has dtype Double, expected Float"),
+        (X, X, LSE.mT, r"lse has shape \(2, 5, 3\), expected \(2, 3, 5\)"),
+        (X, X, LSE.mT.contiguous().mT, "lse has shape .* and strides .*, expected contiguous"),
+    ],
+)
+def test_raw_backward_refuses(dout: Tensor, out: Tensor, lse: Tensor, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        RAW_BACKWARD(dout, X, X, X, out, lse, 0.5, 0.0, None)
