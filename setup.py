@@ -26,6 +26,7 @@ TORCH_NEEDED = (2, 11)
 TORCH_TARGET = "0x020b000000000000ull"  # 2.11's stable ABI, which every later torch keeps
 
 CXX_FLAGS = ["-std=c++20", "-O3", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", "-g0"]
+CXX_FLAGS += ["-Wno-psabi"]  # vectors as wide as a SIMD level never leave the level's functions
 NVCC_FLAGS = [
     "-std=c++20",
     "-O3",
