@@ -9,7 +9,14 @@ from pathlib import Path
 from gpt_ext.options import ModelOptions, TrainOptions
 
 MODEL = ModelOptions()
-TRAIN = TrainOptions()
+TRAIN = TrainOptions(
+    steps=900,
+    batch_size=16,
+    learning_rate=3e-3,
+    final_learning_rate=3e-4,
+    warmup_steps=50,
+    eval_every=300,
+)
 
 
 def standard_library_text() -> str:
