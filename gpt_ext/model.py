@@ -182,12 +182,21 @@ class GPT(nn.Module):
             )
         return F.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
 
-    def generate(self, tokens: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
-        """`tokens` (B, T) int64 followed by `max_new_tokens` sampled ones, (B, T + new).
-
-        Takes the sampling options of `stream`.
-        """
-        new = self.stream(tokens, max_new_tokens, **sampling)
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """`tokens` (B, T) int64 followed by the `max_new_tokens` that `stream` gives, (B, T + new)."""
+        new = self.stream(
+            tokens, max_new_tokens,
+            temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
+        )  # fmt: skip
         return torch.cat((tokens, *(token[:, None] for token in new)), dim=1)
 
     def stream(
