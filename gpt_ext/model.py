@@ -192,7 +192,7 @@ class GPT(nn.Module):
         top_p: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """`tokens` (B, T) int64 followed by the `max_new_tokens` that `stream` gives, (B, T + new)."""
+        """`tokens` (B, T) int64, then the `max_new_tokens` that `stream` gives: (B, T + new)."""
         new = self.stream(
             tokens, max_new_tokens,
             temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
