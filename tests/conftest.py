@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+# Before torch loads OpenMP: waiting threads sleep, so that a busy machine does not slow the tests.
+os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the ops are to compute, in float64 on the CPU, written from the definitions alone.
+"""What the ops are to compute, written from the definitions alone; float64 makes it exact.
 
 Nothing here uses gpt_ext. Gradients come from torch's autograd over these few lines.
 """
@@ -18,7 +18,7 @@ def attention(
     """Causal attention of (B, T, H, D); factor (B, H, T, T) multiplies the probabilities."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    past = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     probabilities = torch.where(past, scores, -torch.inf).softmax(-1)
     if factor is not None:
         probabilities = probabilities * factor

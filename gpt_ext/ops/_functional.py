@@ -67,22 +67,21 @@ def prepare(**tensors: Tensor) -> tuple[Tensor, ...]:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is {type(tensor).__name__}, expected a torch.Tensor")
+    device_type = next(iter(tensors.values())).device.type
+    if _autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        for name, t in tensors.items():
+            if t.is_floating_point() and t.dtype != torch.float64:
+                tensors[name] = t.to(dtype)
     first_name, first = next(iter(tensors.items()))
-    device = first.device
-    if _autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-        tensors = {
-            name: t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
-            for name, t in tensors.items()
-        }
-    dtype = tensors[first_name].dtype
+    dtype, device = first.dtype, first.device
     _check_dtype(first_name, dtype, device)
+    _check_device(first_name, device)
     for name, tensor in tensors.items():
         if tensor.dtype != dtype:
             raise TypeError(f"{name} has dtype {tensor.dtype}, expected {dtype} as {first_name}")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, expected {device} as {first_name}")
-    _check_device(first_name, device)
     return tuple(tensors.values())
 
 
@@ -105,7 +104,7 @@ def _check_device(name: str, device: torch.device) -> None:
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], dims: str) -> None:
     """Raises ValueError unless the tensor has this shape, which dims says in letters."""
-    if tuple(tensor.shape) != expected:
+    if tensor.shape != expected:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, expected {dims} = {tuple(expected)}"
         )

@@ -353,6 +353,24 @@ def test_distributed_data_parallel(tmp_path: Path) -> None:
     assert_close(torch.load(tmp_path / "gradients.pt"), expected)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
+def test_cuda_graph(op: Op) -> None:
+    inputs = op.inputs("cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        gradients(op.call(*inputs), inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients(op.call(*inputs), inputs)
+    with torch.no_grad():
+        for t in inputs:
+            t.mul_(0.5)
+    graph.replay()
+    assert_close(captured, gradients(op.call(*inputs), inputs))
+
+
 def test_calls_from_many_threads(op: Op, device: str) -> None:
     inputs = op.inputs(device)
     expected = gradients(op.call(*inputs), inputs)
