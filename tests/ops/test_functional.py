@@ -335,7 +335,7 @@ def test_checkpoint_recomputes_the_same_dropout(reentrant: bool, device: str) ->
 
 
 def mean_gradients(rank: int) -> list[Tensor]:
-    """Of two processes, each with one sample. What holds the process group dies on return."""
+    """Of two processes, each with one sample."""
     torch.manual_seed(0)
     block, x = Block(), torch.randn(2, 5, 8)
     parallel = torch.nn.parallel.DistributedDataParallel(block)
