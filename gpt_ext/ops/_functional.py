@@ -2,14 +2,14 @@
 
 1. Under torch.func transforms and forward-mode AD: plain PyTorch, which they can see through.
 2. Where some input needs a gradient: an autograd.Function above the raw op. Its backward calls the
-   raw backward op, or differentiates plain PyTorch where that is to be differentiated again.
+   raw backward op, or, where grad mode says that it is itself to be differentiated
+   (create_graph=True), differentiates plain PyTorch.
 3. Otherwise the raw op.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -29,18 +29,6 @@ def transforms_active() -> bool:
 def needs_grad(*tensors: Tensor) -> bool:
     """Whether autograd is to record a call with these inputs."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-def backward_is_differentiated() -> bool:
-    """Whether a running backward is itself differentiated or transformed (create_graph, vmap)."""
-    if torch.compiler.is_compiling():  # it traces backward with grad mode on, yet never twice
-        return False
-    return torch.is_grad_enabled() or transforms_active()
-
-
-def only_wanted(grads: Iterable[Tensor], wanted: Iterable[bool]) -> tuple[Tensor | None, ...]:
-    """The gradients, None in place of those that autograd did not ask for."""
-    return tuple(g if want else None for g, want in zip(grads, wanted, strict=True))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

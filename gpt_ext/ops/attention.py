@@ -81,7 +81,7 @@ class _CausalAttention(torch.autograd.Function):
         if dout is None:
             return (None,) * 6
         q, k, v, out, lse, seed = ctx.saved_tensors
-        if _functional.backward_is_differentiated():
+        if torch.is_grad_enabled():
             plain = functools.partial(
                 _plain_attention, scale=ctx.scale, dropout_p=ctx.dropout_p, dropout_seed=seed
             )
@@ -90,7 +90,7 @@ class _CausalAttention(torch.autograd.Function):
             grads = torch.ops.gpt_ext.attention_backward(
                 dout.contiguous(), q, k, v, out, lse, ctx.scale, ctx.dropout_p, seed
             )
-        return *_functional.only_wanted(grads, ctx.needs_input_grad[:3]), None, None, None
+        return *grads, None, None, None
 
 
 def _contiguous_last_dim(tensor: Tensor) -> Tensor:

@@ -74,15 +74,15 @@ class _FeedForward(torch.autograd.Function):
         if dout is None:
             return (None,) * 6
         x, w1, b1, w2, b2, saved = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad[:5])
-        if _functional.backward_is_differentiated():
+        if torch.is_grad_enabled():
             plain = functools.partial(_plain_feed_forward, activation=ctx.activation)
             grads = torch.func.vjp(plain, x, w1, b1, w2, b2)[1](dout)
         else:
+            activation, wanted = ACTIVATIONS.index(ctx.activation), list(ctx.needs_input_grad[:5])
             grads = torch.ops.gpt_ext.ffn_backward(
-                dout.contiguous(), x, w1, w2, saved, ACTIVATIONS.index(ctx.activation), wanted
+                dout.contiguous(), x, w1, w2, saved, activation, wanted
             )
-        return *_functional.only_wanted(grads, wanted), None
+        return *grads, None
 
 
 def feed_forward(

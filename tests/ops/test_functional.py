@@ -106,6 +106,24 @@ def test_inputs_are_left_as_they_were(op: Op, device: str) -> None:
     assert [t._version for t in inputs] == versions
 
 
+class NoGradient(torch.autograd.Function):
+    """Passes a tensor on and gives no gradient back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> None:
+        return None
+
+
+def test_no_gradient_in_gives_none_out(op: Op, device: str) -> None:
+    inputs = op.inputs(device)
+    NoGradient.apply(op.call(*inputs)).sum().backward()
+    assert all(t.grad is None for t in inputs)
+
+
 def test_double_backward(op: Op, device: str) -> None:
     inputs = op.inputs(device)
 
