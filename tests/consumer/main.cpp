@@ -1,4 +1,5 @@
-// A C++ user's first program: one feed-forward network on the CPU, h = relu(2 * 3 + 1), out = h + 5.
+// A C++ user's first program: one feed-forward network on the CPU, h = relu(2 * 3 + 1), out = h
+// + 5.
 #include <cstdio>
 
 #include "ops/ffn.h"
@@ -7,8 +8,7 @@ int main() {
   const float x = 2, w1 = 3, b1 = 1, w2 = 1, b2 = 5;
   float out = 0, hidden = 0;
   const gpt_ext::FfnProblem problem{gpt_ext::DType::kFloat32, gpt_ext::Activation::kRelu, 1, 1, 1};
-  gpt_ext::ffn_forward(gpt_ext::Cpu{},
-                       {&out, &hidden, &hidden, &x, &w1, &b1, &w2, &b2, problem});
+  gpt_ext::ffn_forward(gpt_ext::Cpu{}, {&out, &hidden, &hidden, &x, &w1, &b1, &w2, &b2, problem});
   std::printf("%g\n", out);
   return out == 12 ? 0 : 1;
 }
