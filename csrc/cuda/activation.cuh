@@ -40,7 +40,7 @@ template <class Acc>
 __device__ Acc activation_derivative(Activation activation, Acc saved) {
   switch (activation) {
     case Activation::kRelu:
-      return saved > 0 ? 1 : 0;
+      return saved <= 0 ? 0 : 1;  // NaN lets the gradient through, as in torch
     case Activation::kGelu: {
       constexpr Acc kInvSqrt2Pi = 0.39894228040143267794;
       return normal_cdf(saved) + saved * kInvSqrt2Pi * exp(Acc(-0.5) * saved * saved);
