@@ -1,5 +1,4 @@
-// A C++ user's first program: one feed-forward network on the CPU, h = relu(2 * 3 + 1), out = h
-// + 5.
+// A C++ user's first program: a feed-forward network on the CPU, out = relu(2 * 3 + 1) + 5.
 #include <cstdio>
 
 #include "ops/ffn.h"
