@@ -32,7 +32,7 @@ def machine() -> dict[str, Any]:
         "compiler": info["compiler"],
         "torch": torch.__version__,
         "gpt_ext": info["version"],
-        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "system": f"{platform.system()}, Python {platform.python_version()}",
     }
 
 
