@@ -180,9 +180,9 @@ struct AllSteps {
   Steps operator()(int64_t, int64_t, int64_t) const { return {0, steps}; }
 };
 
-// c (rows, b.columns) = or += a b, c's rows being padded to whole vectors. steps(i, i_end, j) is
-// the range of k that matters to the tile of rows [i, i_end) from column j on; empty: the tile is
-// left alone. That is how causal attention skips what lies above the diagonal.
+// c (rows, b.columns) = or += a b, c's rows being padded to whole vectors. steps_of(i, i_end, j)
+// is the range of k that matters to the tile of rows [i, i_end) from column j on; empty: the tile
+// is left alone. That is how causal attention skips what lies above the diagonal.
 template <class E, class StepsOf>
 __attribute__((noinline)) void multiply(int64_t rows, Matrix<typename E::Operand> a,
                                         const Panels<E>& b, typename E::Sum* c, int64_t c_row,
