@@ -72,7 +72,11 @@ def test_backends_mirror_each_other() -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "prefix"),
-    [("csrc/cuda/*.cu", ""), ("csrc/cpu/*_*ward.cpp", ""), ("benchmarks/native/bench_*.cpp", "bench_")],
+    [
+        ("csrc/cuda/*.cu", ""),
+        ("csrc/cpu/*_*ward.cpp", ""),
+        ("benchmarks/native/bench_*.cpp", "bench_"),
+    ],
 )
 def test_nothing_belongs_to_no_op(pattern: str, prefix: str) -> None:
     rows = tuple(prefix + op for op in OPS)
