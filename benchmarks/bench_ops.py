@@ -16,7 +16,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from contest import OURS, Report, add_options, cell, figures, first_line, our_cell, time_in_turn
+from contest import (
+    OURS,
+    Report,
+    add_options,
+    cell,
+    figures,
+    first_line,
+    in_process,
+    our_cell,
+    table,
+    time_in_turn,
+)
 from op_cases import CASES, Call, Case, Maker
 from torch import Tensor
 
@@ -83,10 +94,11 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             check(case)
             timed = {name: directions(case, call) for name, call in runnable(case).items()}
             for direction in ("forward", "forward+backward"):
-                runs = {name: each[direction] for name, each in timed.items()}
-                samples = time_in_turn(
-                    runs, options.rounds, budget=options.budget, device=options.device
-                )
+                timers = {
+                    name: in_process(each[direction], options.device)
+                    for name, each in timed.items()
+                }
+                samples = time_in_turn(timers, options.rounds, options.budget)
                 yield {
                     "op": case.op,
                     "shape": case.shape,
@@ -115,10 +127,10 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    report = Report(f"bench_ops {options.device}", COLUMNS, cells, options)
+    report = Report(f"bench_ops {options.device}", options)
     for result in measure(options):
-        report.add(result)
-    report.finish()
+        report.add(result, cells(result))
+    report.finish(table(COLUMNS, [cells(result) for result in report.results]))
 
 
 if __name__ == "__main__":

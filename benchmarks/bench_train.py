@@ -24,12 +24,13 @@ import torch
 from contest import (
     OURS,
     Report,
-    Run,
     add_options,
     cell,
     figures,
     first_line,
+    in_process,
     our_cell,
+    table,
     time_in_turn,
 )
 from machine import limits
@@ -164,8 +165,8 @@ def measure(case: Case, dtype: str, options: argparse.Namespace) -> dict[str, An
     data = case.tokens()
     entered = contestants(case, dtype, options)
     machine_limits = limits()
-    runs: dict[str, Run] = {name: partial(each.step, *data) for name, each in entered.items()}
-    found = figures(time_in_turn(runs, options.rounds, budget=options.budget))
+    timers = {name: in_process(partial(each.step, *data)) for name, each in entered.items()}
+    found = figures(time_in_turn(timers, options.rounds, options.budget))
     flops = training_flops(case.config, case.batch, case.time)
     memory = {}
     if not options.no_memory:
@@ -207,12 +208,13 @@ def main() -> None:
     peak = f"{measured['float32_flops'] * 1e-9:.0f} GFLOP/s float32 measured; " if measured else ""
     if not peak:
         print("no native build (make bench makes it): fractions of the peak are left out")
-    report = Report("bench_train", COLUMNS, cells, options, peak)
+    report = Report("bench_train", options, peak)
     for name in options.models:
         for case in CASES[name]:
             for dtype in options.dtypes:
-                report.add({"model": name} | measure(case, dtype, options))
-    report.finish()
+                result = {"model": name} | measure(case, dtype, options)
+                report.add(result, cells(result))
+    report.finish(table(COLUMNS, [cells(result) for result in report.results]))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +19,46 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 SAMPLE_SECONDS = 0.05  # a sample repeats its call until it is about this long
 WARM_UPS = 3
 
-Run = Callable[[], Any]
+Timer = Callable[[int], float]  # seconds a call, over so many calls
 
 
-def seconds(run: Run, repeats: int = 1, device: str = "cpu") -> float:
-    """Seconds a call, over so many of them, the device's work included."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / repeats
+def in_process(run: Callable[[], Any], device: str = "cpu") -> Timer:
+    """Times calls in this process, the device's work included."""
+
+    def seconds(repeats: int) -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / repeats
+
+    return seconds
 
 
 def time_in_turn(
-    runs: dict[str, Run], rounds: int, *, budget: float = math.inf, device: str = "cpu"
+    timers: Mapping[str, Timer], rounds: int, budget: float = math.inf
 ) -> dict[str, list[float]]:
     """Seconds a call of every contestant, for every round; each round begins with another one.
 
     Rounds end early once they have taken `budget` seconds; one is always made.
     """
     repeats = {}
-    for name, run in runs.items():
+    for name, seconds in timers.items():
         start = time.perf_counter()
         for _ in range(WARM_UPS):  # torch.compile compiles here
-            last = seconds(run, 1, device)
+            last = seconds(1)
             if time.perf_counter() - start > budget / 10:
                 break
         repeats[name] = max(1, round(SAMPLE_SECONDS / last))
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+    samples: dict[str, list[float]] = {name: [] for name in timers}
     start = time.perf_counter()
     for turn in range(rounds):
-        names = list(runs)
+        names = list(timers)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            samples[name].append(seconds(runs[name], repeats[name], device))
+            samples[name].append(timers[name](repeats[name]))
         if time.perf_counter() - start > budget:
             break
     return samples
@@ -98,8 +102,9 @@ def row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def head(columns: list[str]) -> list[str]:
-    return [row(columns), "|" + "---|" * len(columns)]
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """Markdown."""
+    return "\n".join([row(columns), "|" + "---|" * len(columns), *map(row, rows)])
 
 
 def first_line(error: BaseException) -> str:
@@ -114,41 +119,33 @@ def add_options(parser: argparse.ArgumentParser, rounds: int, budget: float) -> 
         "--budget", type=float, default=budget, help="seconds a case, after which its rounds end"
     )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--record", action="store_true", help="renew the table in RESULTS.md")
+    parser.add_argument("--record", action="store_true", help="renew RESULTS.md and the plots")
 
 
 class Report:
-    """The header now, every row as it is measured, and at the end the file and the record.
+    """The header, every result as it comes, and at the end the file and the record.
 
-    `marker` names the table's place in RESULTS.md; `columns` are the table's, and `cells_of` a
-    result's.
+    `name` is that of the program, and of the table's place in RESULTS.md.
     """
 
-    def __init__(
-        self,
-        marker: str,
-        columns: list[str],
-        cells_of: Callable[[dict[str, Any]], list[str]],
-        options: argparse.Namespace,
-        limits: str = "",
-    ) -> None:
-        self.marker, self.columns, self.cells_of, self.options = marker, columns, cells_of, options
+    def __init__(self, name: str, options: argparse.Namespace, measured: str = "") -> None:
+        self.name, self.options = name, options
         self.facts = machine()
-        self.header = f"{machine_line(self.facts)}; {limits}{options.rounds} rounds."
+        self.header = f"{machine_line(self.facts)}; {measured}up to {options.rounds} rounds."
         self.results: list[dict[str, Any]] = []
-        print(self.header, *head(columns), sep="\n", flush=True)
+        print(self.header, flush=True)
 
-    def add(self, result: dict[str, Any]) -> None:
+    def add(self, result: dict[str, Any], cells: list[str]) -> None:
         self.results.append(result)
-        print(row(self.cells_of(result)), flush=True)
+        print(row(cells), flush=True)
 
-    def finish(self) -> None:
+    def finish(self, text: str) -> None:
+        """`text` is what stands in RESULTS.md."""
         if self.options.json:
             content = {"machine": self.facts, "results": self.results}
             self.options.json.write_text(json.dumps(content, indent=1) + "\n")
         if self.options.record:
-            table = "\n".join([*head(self.columns), *(row(self.cells_of(r)) for r in self.results)])
-            begin, end = f"<!-- {self.marker} -->", f"<!-- end of {self.marker} -->"
+            begin, end = f"<!-- {self.name} -->", f"<!-- end of {self.name} -->"
             before, rest = RESULTS.read_text().split(begin)
             after = rest.split(end)[1]
-            RESULTS.write_text(f"{before}{begin}\n{self.header}\n\n{table}\n{end}{after}")
+            RESULTS.write_text(f"{before}{begin}\n{self.header}\n\n{text}\n{end}{after}")

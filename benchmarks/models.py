@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt_ext import GPT, GPTConfig
+from gpt_ext.model import Block
 
 SEED = GPTConfig(104, 128, 252, 6, 6, dropout=0.2, activation="relu")
 CHARS = GPTConfig(65, 64, 128, 4, 4, dropout=0.0, activation="gelu")
@@ -18,6 +20,10 @@ GPT2 = GPTConfig(50257, 1024, 768, 12, 12, dropout=0.0, activation="gelu_tanh", 
 def build(config: GPTConfig) -> GPT:
     """Ours, with random weights."""
     return GPT(**asdict(config))
+
+
+def blocks_of(model: GPT) -> list[Block]:
+    return [cast(Block, block) for block in model.blocks]
 
 
 def training_flops(config: GPTConfig, batch: int, time: int) -> float:
