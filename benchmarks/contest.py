@@ -15,7 +15,8 @@ import torch
 from machine import machine, machine_line
 
 OURS = "gpt_ext"
-RESULTS = Path(__file__).parent / "RESULTS.md"
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "RESULTS.md"
 SAMPLE_SECONDS = 0.05  # a sample repeats its call until it is about this long
 WARM_UPS = 3
 
@@ -119,7 +120,9 @@ def add_options(parser: argparse.ArgumentParser, rounds: int, budget: float) -> 
         "--budget", type=float, default=budget, help="seconds a case, after which its rounds end"
     )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--record", action="store_true", help="renew RESULTS.md and the plots")
+    parser.add_argument(
+        "--record", action="store_true", help="renew RESULTS.md, results/ and plots/"
+    )
 
 
 class Report:
@@ -141,9 +144,13 @@ class Report:
 
     def finish(self, text: str) -> None:
         """`text` is what stands in RESULTS.md."""
-        if self.options.json:
+        files = [self.options.json] if self.options.json else []
+        if self.options.record:
+            files.append(FOLDER / "results" / f"{self.name.replace(' ', '_')}.json")
+        for file in files:
+            file.parent.mkdir(exist_ok=True)
             content = {"machine": self.facts, "results": self.results}
-            self.options.json.write_text(json.dumps(content, indent=1) + "\n")
+            file.write_text(json.dumps(content, indent=1) + "\n")
         if self.options.record:
             begin, end = f"<!-- {self.name} -->", f"<!-- end of {self.name} -->"
             before, rest = RESULTS.read_text().split(begin)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -22,6 +21,7 @@ plt.rcParams.update(
         "svg.fonttype": "none",  # text stays text
         "svg.hashsalt": "gpt_ext",  # the same plot is the same file
         "axes.prop_cycle": cycler(color=COLORS) + cycler(marker=MARKERS),
+        "axes.facecolor": "none",
         "axes.grid": True,
         "grid.alpha": 0.3,
         "legend.frameon": False,
@@ -35,7 +35,7 @@ plt.rcParams.update(
     }
 )
 
-Points = tuple[Sequence[float], Sequence[float]]  # x, y
+Points = tuple[list[float], list[float]]  # x, y
 
 
 def new_axes(title: str, x_label: str, y_label: str) -> Axes:
@@ -71,11 +71,12 @@ def plot_lines(
         axes.plot(x, y, label=label)
     if log_x:
         axes.set_xscale("log", base=2)
-        ticks = sorted({x for points in lines.values() for x in points[0]})
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
+    axes.set_xticks(sorted({x for points in lines.values() for x in points[0]}))
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter("{x:g}")
     if log_y:
-        axes.set_yscale("log")
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:g}")
     else:
         axes.set_ylim(bottom=0)
     axes.legend()
