@@ -166,10 +166,12 @@ def plot(results: list[dict[str, Any]]) -> None:
     axes = plots.new_axes(title, "bytes a token must read, MB", "tokens/s")
     ends = sorted({(r["token_bytes"] / 1e6, r["bound"]) for r in bound})
     axes.plot(*zip(*ends, strict=True), "--", marker="", color=plots.INK, label="memory's bound")
-    for contestant in dict.fromkeys(result["contestant"].split()[0] for result in bound):
-        mine = [r for r in bound if r["contestant"].split()[0] == contestant]
-        sizes = [r["token_bytes"] / 1e6 for r in mine]
-        axes.plot(sizes, [r["tokens_per_s"] for r in mine], linestyle="", label=contestant)
+    families: dict[str, list[dict[str, Any]]] = {}
+    for result in bound:
+        families.setdefault(result["contestant"].split()[0].rstrip(","), []).append(result)
+    for family, members in families.items():
+        sizes = [member["token_bytes"] / 1e6 for member in members]
+        axes.plot(sizes, [m["tokens_per_s"] for m in members], linestyle="", label=family)
     axes.set(xscale="log", yscale="log")
     axes.legend()
     plots.save(axes, "generate")

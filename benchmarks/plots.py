@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 
 FOLDER = Path(__file__).parent / "plots"
 INK = "#808080"  # contrasts with white and with black alike
-COLORS = ["#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d"]
-MARKERS = ["o", "s", "^", "D", "v", "P"]
+COLORS = ["#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#1f78b4"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 
 plt.rcParams.update(
     {

@@ -45,7 +45,7 @@ ENTRIES = {
     "gpt_ext": Entry("with_torch", "Ours", "float32", 4, slides=True),
     "gpt_ext bf16": Entry("with_torch", "Ours", "bfloat16", 2, slides=True),
     "gpt_ext int8": Entry("with_torch", "Ours", "int8", 1, slides=True),
-    "as the seed writes it": Entry("with_torch", "Seed", "float32", 4, slides=True),
+    "seed as written": Entry("with_torch", "Seed", "float32", 4, slides=True),
     "torch, no cache": Entry("with_torch", "Uncached", "float32", 4, slides=True),
     "torch, KV cache": Entry("with_torch", "Cached", "float32", 4),
     "transformers": Entry("with_transformers", "Transformers", "float32", 4),
