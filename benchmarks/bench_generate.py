@@ -187,8 +187,9 @@ def main() -> None:
     names = list(dict.fromkeys([OURS, *options.contestants]))
     report = Report("bench_generate", options)
     for model in options.models:
-        for batch in (1, 16):
-            tasks = [task for task in TASKS if task.model == model and task.batch == batch]
+        of_model = [task for task in TASKS if task.model == model]
+        for batch in sorted({task.batch for task in of_model}):
+            tasks = [task for task in of_model if task.batch == batch]
             entered = enter(names, MODELS[model], batch)
             try:
                 for task in tasks:
