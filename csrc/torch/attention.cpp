@@ -70,11 +70,18 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   return {out, lse};
 }
 
+// Part 0, 1 or 2 of a contiguous (B, T, 3, H, D).
+Heads packed_heads(const Tensor& packed, const AttentionProblem& p, int64_t part) {
+  const int64_t row = p.heads * p.dim;
+  const auto element = static_cast<int64_t>(packed.element_size());
+  return {static_cast<char*>(packed.mutable_data_ptr()) + part * row * element, p.time * 3 * row,
+          3 * row, p.dim};
+}
+
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q, const Tensor& k,
-                                            const Tensor& v, const Tensor& out, const Tensor& lse,
-                                            double scale, double dropout_p,
-                                            const OptionalTensor& dropout_seed) {
+Tensor backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                const Tensor& out, const Tensor& lse, double scale, double dropout_p,
+                const OptionalTensor& dropout_seed) {
   const auto problem = checked_problem<Backend>(q, k, v, scale, dropout_p, dropout_seed);
   const ScalarType statistics = accumulation_type(problem.dtype);
   check_heads(dout, "dout", q);
@@ -85,13 +92,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q,
   check_contiguous(lse, "lse");
 
   const OnDevice<Backend> device(q);
-  Tensor dq = new_empty(q, shape_of(q), q.scalar_type());
-  Tensor dk = new_empty(q, shape_of(q), q.scalar_type());
-  Tensor dv = new_empty(q, shape_of(q), q.scalar_type());
+  Tensor dqkv =
+      new_empty(q, {problem.batch, problem.time, 3, problem.heads, problem.dim}, q.scalar_type());
   Tensor delta = new_empty(q, statistics_shape(problem), statistics);
-  attention_backward(device.backend, {.dq = heads(dq),
-                                      .dk = heads(dk),
-                                      .dv = heads(dv),
+  attention_backward(device.backend, {.dq = packed_heads(dqkv, problem, 0),
+                                      .dk = packed_heads(dqkv, problem, 1),
+                                      .dv = packed_heads(dqkv, problem, 2),
                                       .delta = delta.mutable_data_ptr(),
                                       .dout = const_heads(dout),
                                       .q = const_heads(q),
@@ -100,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q,
                                       .out = const_heads(out),
                                       .lse = lse.const_data_ptr(),
                                       .problem = problem});
-  return {dq, dk, dv};
+  return dqkv;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gpt_ext, CPU, m) {

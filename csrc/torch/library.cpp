@@ -4,13 +4,13 @@
 
 STABLE_TORCH_LIBRARY(gpt_ext, m) {
   // q, k, v (B, T, H, D), last dim contiguous -> out (B, T, H, D), lse (B, H, T).
-  // dropout_seed: one int64 on q's device, required where dropout_p > 0.
+  // dropout_seed: one int64 on q's device, required where dropout_p > 0. dqkv (B, T, 3, H, D).
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, float scale, float dropout_p, "
       "Tensor? dropout_seed) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "float scale, float dropout_p, Tensor? dropout_seed) -> (Tensor dq, Tensor dk, Tensor dv)");
+      "float scale, float dropout_p, Tensor? dropout_seed) -> Tensor dqkv");
 
   // x (..., d), w1 (h, d), b1 (h), w2 (d, h), b2 (d), all contiguous -> out (..., d), saved (...,
   // h). activation: a value of gpt_ext::Activation (ops/ffn.h); an int, because a str argument
