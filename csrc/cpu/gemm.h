@@ -200,42 +200,26 @@ GPT_EXT_INLINE void micro_kernel(int64_t rows, int64_t steps, Tiles<typename E::
   }
 }
 
-struct Steps {
-  int64_t begin, end;
-};
-struct AllSteps {
-  int64_t steps;
-  Steps operator()(int64_t, int64_t, int64_t) const { return {0, steps}; }
-};
-
-// c (rows, b.columns) = or += a b, c's rows being padded to whole vectors. steps_of(i, i_end, j)
-// is the range of k that matters to the tile of rows [i, i_end) from column j on; empty: the tile
-// is left alone. That is how causal attention skips what lies above the diagonal.
-template <class E, class StepsOf>
-__attribute__((noinline)) void multiply(int64_t rows, Tiles<typename E::Operand> a,
-                                        const Panels<E>& b, typename E::Sum* c, int64_t c_row,
-                                        bool accumulate, const StepsOf& steps_of) {
-  for (int64_t p = 0; p < b.count(); ++p) {
-    const int64_t column = p * b.kWidth, width = b.width(p);
-    for (int64_t i = 0; i < rows; i += kTileRows) {
-      const int64_t tile_rows = std::min<int64_t>(kTileRows, rows - i);
-      const Steps k = steps_of(i, i + tile_rows, column);
-      if (k.begin >= k.end) continue;
-      const Tiles<typename E::Operand> tile{a.data + i / kTileRows * a.tile + k.begin * a.column,
-                                            a.tile, a.row, a.column};
-      const auto run = [&]<int kVectors>() __attribute__((always_inline)) {
-        micro_kernel<E, kVectors>(tile_rows, k.end - k.begin, tile, b.panel(p) + k.begin * width,
-                                  c + i * c_row + column, c_row, accumulate);
-      };
-      const int64_t vectors = width / kLanes<typename E::Sum>;
-      if (vectors == kTileVectors) {
-        run.template operator()<kTileVectors>();
-      } else if (vectors == 1) {
-        run.template operator()<1>();
-      } else if constexpr (kTileVectors == 4) {
-        if (vectors == 2) run.template operator()<2>();
-        if (vectors == 3) run.template operator()<3>();
-      }
+// c (rows, width) = or += a (rows, steps) panel (steps, width).
+template <class E>
+__attribute__((noinline)) void multiply_panel(int64_t rows, int64_t steps,
+                                              Tiles<typename E::Operand> a,
+                                              const typename E::Operand* panel, int64_t width,
+                                              typename E::Sum* c, int64_t c_row, bool accumulate) {
+  const int64_t vectors = width / kLanes<typename E::Sum>;
+  for (int64_t i = 0; i < rows; i += kTileRows) {
+    const Tiles<typename E::Operand> tile{a.data + i / kTileRows * a.tile, a.tile, a.row, a.column};
+    const auto run = [&]<int kVectors>() __attribute__((always_inline)) {
+      micro_kernel<E, kVectors>(std::min<int64_t>(kTileRows, rows - i), steps, tile, panel,
+                                c + i * c_row, c_row, accumulate);
+    };
+    if (vectors == kTileVectors) {
+      run.template operator()<kTileVectors>();
+    } else if (vectors == 1) {
+      run.template operator()<1>();
+    } else if constexpr (kTileVectors == 4) {
+      if (vectors == 2) run.template operator()<2>();
+      if (vectors == 3) run.template operator()<3>();
     }
   }
 }
@@ -384,12 +368,9 @@ __attribute__((noinline)) void gemm_blocks(int64_t rows, const Panels<E>& b,
                  for (int64_t k0 = 0; k0 < b.steps; k0 += k_blocks.size) {
                    const int64_t steps = std::min(k_blocks.size, b.steps - k0);
                    const auto block = tiles(i0, m, k0, steps, a);
-                   for (int64_t p = j0 / b.kWidth; p * b.kWidth < j0 + n; ++p) {
-                     const Panels<E> panel{b.panel(p) + k0 * b.width(p),
-                                           std::min(b.kWidth, b.columns - p * b.kWidth), steps};
-                     multiply<E>(m, block, panel, c + p * b.kWidth - j0, column_blocks.size, k0 > 0,
-                                 AllSteps{steps});
-                   }
+                   for (int64_t p = j0 / b.kWidth; p * b.kWidth < j0 + n; ++p)
+                     multiply_panel<E>(m, steps, block, b.panel(p) + k0 * b.width(p), b.width(p),
+                                       c + p * b.kWidth - j0, column_blocks.size, k0 > 0);
                  }
                  for (int64_t i = 0; i < m; ++i)
                    epilogue(i0 + i, j0, n, c + i * column_blocks.size);
