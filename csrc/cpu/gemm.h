@@ -96,8 +96,9 @@ struct Panels {
 // Steps [k, k + steps) of columns [n, n + columns) of x (depth, .), where n is contiguous, to out
 // (steps, out_row); rows are padded with zeros to whole vectors.
 template <class E, class Storage, class Map>
-void join_rows(Matrix<Storage> x, int64_t depth, int64_t k, int64_t steps, int64_t n,
-               int64_t columns, typename E::Operand* out, int64_t out_row, const Map& map) {
+GPT_EXT_INLINE void join_rows(Matrix<Storage> x, int64_t depth, int64_t k, int64_t steps, int64_t n,
+                              int64_t columns, typename E::Operand* out, int64_t out_row,
+                              const Map& map) {
   using Sum = typename E::Sum;
   for (int64_t s = 0; s < steps; ++s)
     for_columns<Sum>(columns, [&](int64_t j, auto part) {
@@ -143,18 +144,6 @@ void transpose_columns(Matrix<Storage> x, int64_t depth, int64_t k, int64_t step
       for (int64_t i = 0; i < std::min(kSide, steps - s); ++i)
         store(out + (s + i) * out_row + j, square[i]);
     }
-}
-
-// Packs panel p of B (depth, columns).
-template <class E, class Storage, class Map = Unchanged>
-__attribute__((noinline)) void pack_panel(const Panels<E>& panels, int64_t p, Matrix<Storage> b,
-                                          int64_t depth, const Map& map = {}) {
-  const int64_t first = p * panels.kWidth, width = panels.width(p);
-  const int64_t columns = std::min(width, panels.columns - first);
-  if (b.column == 1)
-    join_rows<E>(b, depth, 0, panels.steps, first, columns, panels.panel(p), width, map);
-  else
-    transpose_columns<E>(b, depth, 0, panels.steps, first, columns, panels.panel(p), width, map);
 }
 
 // A as the micro-kernel reads it: element (i, k) lies at data[i / 6 * tile + i % 6 * row +
@@ -241,32 +230,46 @@ inline Split split(int64_t n, int64_t largest, int64_t unit) {
   return {size ? (n + size - 1) / size : 0, size};
 }
 
-// Blocks of C, a task each: smaller ones where there would be fewer than 8 tasks a thread, so that
-// no thread waits long for the last; not below 24 rows, nor 64 columns, which repay packing.
+// Blocks of C, a task each: smaller ones where there would be fewer than 4 tasks a thread, so that
+// no thread waits long for the last. First fewer rows, down to 24, for which B is read more often;
+// then fewer columns, down to 64, for which A is packed again.
 inline std::pair<Split, Split> blocks_of_c(int64_t rows, int64_t columns, int64_t panel) {
   int64_t m = kBlockRows, n = kBlockColumns;
   panel = std::max<int64_t>(panel, 4);
-  const int64_t wanted = 8 * max_threads();
+  const int64_t wanted = 4 * max_threads();
   while (split(rows, m, kTileRows).count * split(columns, n, panel).count < wanted) {
-    if (m > 48)
+    if (m > 24)
       m /= 2;
     else if (n > 64)
       n /= 2;
-    else if (m > 24)
-      m /= 2;
     else
       break;
   }
   return {split(rows, m, kTileRows), split(columns, n, panel)};
 }
 
-// Packs B (depth, columns), one of whose strides is 1, into `memory` of Panels<E>::size elements.
+// Packs B (depth, columns), one of whose strides is 1, into `memory` of Panels<E>::size elements: a
+// task reads whole rows of memory, a run of steps or the columns of one panel.
 template <class E, class Storage, class Map = Unchanged>
-Panels<E> pack(Matrix<Storage> b, int64_t depth, int64_t columns, typename E::Operand* memory,
-               const Map& map = {}) {
+__attribute__((noinline)) Panels<E> pack(Matrix<Storage> b, int64_t depth, int64_t columns,
+                                         typename E::Operand* memory, const Map& map = {}) {
+  constexpr int64_t kRun = 64;  // steps a task: some 100 us at GPT-2's width
   const Panels<E> panels{memory, columns, steps_of_depth<E>(depth)};
-  parallel_for(panels.count(), 0,
-               [&](int64_t p, std::byte*) { pack_panel<E>(panels, p, b, depth, map); });
+  const auto columns_of = [&](int64_t p) {
+    return std::min(panels.kWidth, columns - p * panels.kWidth);
+  };
+  if (b.column == 1)
+    parallel_for((panels.steps + kRun - 1) / kRun, 0, [&](int64_t run, std::byte*) {
+      const int64_t k = run * kRun, steps = std::min(kRun, panels.steps - k);
+      for (int64_t p = 0; p < panels.count(); ++p)
+        join_rows<E>(b, depth, k, steps, p * panels.kWidth, columns_of(p),
+                     panels.panel(p) + k * panels.width(p), panels.width(p), map);
+    });
+  else
+    parallel_for(panels.count(), 0, [&](int64_t p, std::byte*) {
+      transpose_columns<E>(b, depth, 0, panels.steps, p * panels.kWidth, columns_of(p),
+                           panels.panel(p), panels.width(p), map);
+    });
   return panels;
 }
 
