@@ -10,6 +10,7 @@ namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 // of 144 float32 is 9 cache lines, an odd number, so that a column spreads over all sets of L1.
 constexpr int64_t kBlock = 144;
 static_assert(kBlock % kTileRows == 0 && kBlock % kLanes<float> == 0);
+static_assert(kBlock % 4 == 0);  // so that a block of keys begins at a block of Philox
 
 // Elements a row of what is copied for the products: an odd number of cache lines, too.
 template <class Sum>
@@ -89,14 +90,13 @@ GPT_EXT_INLINE Vec<Sum> first_elements_or(Sum rest, Vec<Sum> x, int64_t count) {
   return index < static_cast<Sum>(count) ? x : broadcast(rest);
 }
 
-// What dropout multiplies a row of probabilities by: 0 or 1 / (1 - p).
+// What dropout multiplies the probabilities of a query and keys [key, key + keys) by.
 template <class Sum>
-void attention_dropout_scales(const AttentionProblem& problem, int64_t head, int64_t row,
-                              int64_t first_key, int64_t keys, Sum* scales) {
+void attention_dropout_scales(const AttentionProblem& problem, int64_t head, int64_t query,
+                              int64_t key, int64_t keys, Sum* scales) {
   const AttentionDropout dropout(*problem.dropout_seed, problem.dropout_p);
-  const Sum kept = static_cast<Sum>(AttentionDropout::kept_scale(problem.dropout_p));
-  for (int64_t j = 0; j < keys; ++j)
-    scales[j] = dropout.keep(head, row, first_key + j) ? kept : Sum(0);
+  dropout_scales(dropout, problem.dropout_p, AttentionDropout::first_block(head, query), key, keys,
+                 scales);
 }
 
 // Brings rows that are needed later into L2 while products are computed, a few a tile: at T = 128

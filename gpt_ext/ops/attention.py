@@ -17,6 +17,9 @@ from gpt_ext.ops.philox import attention_keep_mask
 
 MAX_HEAD_DIM = 256
 
+_FORWARD = torch.ops.gpt_ext.attention_forward.default
+_BACKWARD = torch.ops.gpt_ext.attention_backward.default
+
 
 @torch.library.register_fake("gpt_ext::attention_forward")
 def _(
@@ -73,9 +76,7 @@ class _CausalAttention(torch.autograd.Function):
     def forward(
         ctx: Any, scale: float, dropout_p: float, dropout_seed: Tensor | None, *inputs: Tensor
     ) -> Tensor:
-        out, lse = torch.ops.gpt_ext.attention_forward(
-            *_heads(inputs), scale, dropout_p, dropout_seed
-        )
+        out, lse = _FORWARD(*_heads(inputs), scale, dropout_p, dropout_seed)
         ctx.save_for_backward(out, lse, dropout_seed, *inputs)
         ctx.scale, ctx.dropout_p = scale, dropout_p
         ctx.set_materialize_grads(False)
@@ -93,9 +94,7 @@ class _CausalAttention(torch.autograd.Function):
                 lambda *inputs: _plain_attention(*_heads(inputs), *options), *inputs
             )[1](dout)
         else:
-            dqkv = torch.ops.gpt_ext.attention_backward(
-                dout.contiguous(), *_heads(inputs), out, lse, *options
-            )
+            dqkv = _BACKWARD(dout.contiguous(), *_heads(inputs), out, lse, *options)
             grads = dqkv.unbind(2) if len(inputs) == 3 else [dqkv]
         return None, None, None, *grads
 
@@ -106,17 +105,15 @@ def _call(name: str, inputs: Sequence[Tensor], scale: float | None, dropout_p: f
     dim = first.shape[-1]
     if not 1 <= dim <= MAX_HEAD_DIM:
         raise ValueError(f"{name} has head size D = {dim}, expected 1 to {MAX_HEAD_DIM}")
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p is {dropout_p}, expected 0 to 1")
     if scale is None:
         scale = dim**-0.5
-    seed = torch.randint(2**63 - 1, (1,), device=first.device) if dropout_p > 0 else None
+    seed = _functional.draw_dropout_seed(dropout_p, first.device)
     if _functional.transforms_active():
         return _plain_attention(*_heads(inputs), scale, dropout_p, seed)
     inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in inputs]
     if _functional.needs_grad(*inputs):
         return _CausalAttention.apply(scale, dropout_p, seed, *inputs)
-    return torch.ops.gpt_ext.attention_forward(*_heads(inputs), scale, dropout_p, seed)[0]
+    return _FORWARD(*_heads(inputs), scale, dropout_p, seed)[0]
 
 
 def causal_attention(
