@@ -1,7 +1,7 @@
 // Causal attention, forward, on CPUs: online softmax over blocks of keys (Milakov and Gimelshein,
 // "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022).
 //
-// A task owns one block of 144 queries of a head, or three. For each block of 144 keys it copies
+// A task owns one block of 144 queries of a head, or eight. For each block of 144 keys it copies
 // K^T and V once, then takes its queries block by block: scores S = Q K^T; the row's new maximum m;
 // P = exp2(S - m); what was summed before shrinks by exp2(m_old - m); l += row sums of P; O += P V.
 // At the end out = O / l and lse = ln 2 (m + log2 l). Tiles above the diagonal are never computed.
@@ -140,11 +140,10 @@ void attention_forward_typed(const AttentionForward& p) {
   using Sum = typename Accumulation<Storage>::type;
   const int64_t heads = p.problem.batch * p.problem.heads, time = p.problem.time;
   const int64_t blocks = (time + kBlock - 1) / kBlock;
-  // Three blocks a task repay copying K and V, and O (108 KB at D = 64) stays in L2; where there is
-  // little to share out, one.
-  const int64_t task_rows = heads * blocks < 24 * max_threads() ? kBlock : 3 * kBlock;
+  // Eight blocks a task repay copying K and V for each; one, where there is little to share out.
+  const int64_t task_rows = heads * blocks < 32 * max_threads() ? kBlock : 8 * kBlock;
   const int64_t tasks_a_head = (time + task_rows - 1) / task_rows;
-  const size_t bytes = ForwardScratch<Sum>(nullptr, task_rows, p.problem.dim).bytes;
+  const size_t bytes = ForwardScratch<Sum>(nullptr, std::min(time, task_rows), p.problem.dim).bytes;
   parallel_for_runs(heads * tasks_a_head, bytes, [&](int64_t task, std::byte* memory) {
     const int64_t first = (tasks_a_head - 1 - task / heads) * task_rows;  // longest first
     attention_forward_task<Storage>(p, task % heads, first, std::min(time, first + task_rows),
