@@ -10,6 +10,7 @@ namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 // of 144 float32 is 9 cache lines, an odd number, so that a column spreads over all sets of L1.
 constexpr int64_t kBlock = 144;
 static_assert(kBlock % kTileRows == 0 && kBlock % kLanes<float> == 0);
+static_assert(kBlock % 4 == 0);  // so that a block of keys begins at a block of Philox
 
 // Elements a row of what is copied for the products: an odd number of cache lines, too.
 template <class Sum>
@@ -161,9 +162,11 @@ struct QuerySteps {
 };
 
 // One tile: a (rows <= 6, steps) times b (steps, kVectors vectors); epilogue(r, c, x) gets the
-// result vector by vector. Rows past the last repeat it, so that the loop has one shape.
-template <int kVectors, class Sum, class Epilogue>
-GPT_EXT_INLINE void multiply_tile(int64_t rows, int64_t steps, Matrix<Sum> a, const Sum* b,
+// result vector by vector. Rows past the last repeat it, so that the loop has one shape. Rows is a
+// number, or for a full tile, the constant.
+using FullTile = std::integral_constant<int64_t, kTileRows>;
+template <int kVectors, class Rows, class Sum, class Epilogue>
+GPT_EXT_INLINE void multiply_tile(Rows rows, int64_t steps, Matrix<Sum> a, const Sum* b,
                                   int64_t b_row, const Epilogue& epilogue) {
   const Sum* row[kTileRows];
   Vec<Sum> sum[kTileRows][kVectors];
@@ -202,20 +205,22 @@ __attribute__((noinline)) void multiply_tiles(int64_t rows, int64_t columns, Mat
       if (k.begin >= k.end) continue;
       prefetch.a_few_rows();
       const Matrix<Sum> tile{a.data + i * a.row + k.begin * a.column, a.row, a.column};
-      const auto run = [&]<int kVectors>() __attribute__((always_inline)) {
+      const auto run = [&]<int kVectors>(auto rows_of_tile) __attribute__((always_inline)) {
         multiply_tile<kVectors>(
-            tile_rows, k.end - k.begin, tile, b + k.begin * b_row + j,
+            rows_of_tile, k.end - k.begin, tile, b + k.begin * b_row + j,
             b_row, [&](int64_t r, int64_t c, Vec<Sum> x) __attribute__((always_inline)) {
               epilogue(i + r, j + c, x);
             });
       };
-      if (vectors == kTileVectors) {
-        run.template operator()<kTileVectors>();
+      if (vectors == kTileVectors && tile_rows == kTileRows) {
+        run.template operator()<kTileVectors>(FullTile());
+      } else if (vectors == kTileVectors) {
+        run.template operator()<kTileVectors>(tile_rows);
       } else if (vectors == 1) {
-        run.template operator()<1>();
+        run.template operator()<1>(tile_rows);
       } else if constexpr (kTileVectors == 4) {
-        if (vectors == 2) run.template operator()<2>();
-        if (vectors == 3) run.template operator()<3>();
+        if (vectors == 2) run.template operator()<2>(tile_rows);
+        if (vectors == 3) run.template operator()<3>(tile_rows);
       }
     }
   }

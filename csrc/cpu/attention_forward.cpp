@@ -1,10 +1,10 @@
 // Causal attention, forward, on CPUs: online softmax over blocks of keys (Milakov and Gimelshein,
 // "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022).
 //
-// A task owns up to 432 queries of one head. For each block of 144 keys it copies K^T and V once,
-// then takes its queries a block at a time: scores S = Q K^T; the row's new maximum m; P = exp2(S -
-// m); what was summed before shrinks by exp2(m_old - m); l += row sums of P; O += P V. At the end
-// out = O / l and lse = ln 2 (m + log2 l). Tiles above the diagonal are never computed.
+// A task owns one block of 144 queries of a head, or eight. For each block of 144 keys it copies
+// K^T and V once, then takes its queries block by block: scores S = Q K^T; the row's new maximum m;
+// P = exp2(S - m); what was summed before shrinks by exp2(m_old - m); l += row sums of P; O += P V.
+// At the end out = O / l and lse = ln 2 (m + log2 l). Tiles above the diagonal are never computed.
 
 #ifndef GPT_EXT_SIMD_LEVEL
 
@@ -23,25 +23,21 @@ void attention_forward(Cpu, const AttentionForward& p) { GPT_EXT_CALL_LEVEL(atte
 
 namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
-// Queries a task: enough to repay copying a block of keys, few enough that O (108 KB at D = 64)
-// stays in L2.
-constexpr int64_t kTaskRows = 3 * kBlock;
-
 template <class Sum>
 struct ForwardScratch {
   Sum *q, *o, *scores, *k_t, *v, *max, *sum;
   size_t bytes;
 
-  ForwardScratch(std::byte* memory, int64_t dim) {
+  ForwardScratch(std::byte* memory, int64_t rows, int64_t dim) {
     const int64_t row = row_stride<Sum>(dim);
     Carver carver(memory);
-    q = carver.take<Sum>(kTaskRows * row);       // (rows, D)
-    o = carver.take<Sum>(kTaskRows * row);       // (rows, D), not yet divided by l
+    q = carver.take<Sum>(rows * row);            // (rows, D)
+    o = carver.take<Sum>(rows * row);            // (rows, D), not yet divided by l
     scores = carver.take<Sum>(kBlock * kBlock);  // (queries, keys): S, then P
     k_t = carver.take<Sum>(dim * kBlock);        // K^T (D, keys)
     v = carver.take<Sum>(kBlock * row);          // V (keys, D)
-    max = carver.take<Sum>(kTaskRows);           // m (rows), in units of log 2
-    sum = carver.take<Sum>(kTaskRows);           // l (rows)
+    max = carver.take<Sum>(rows);                // m (rows), in units of log 2
+    sum = carver.take<Sum>(rows);                // l (rows)
     bytes = carver.used();
   }
 };
@@ -103,18 +99,18 @@ void forward_block(const AttentionProblem& problem, const ForwardScratch<Sum>& s
 }
 
 template <class Storage>
-void attention_forward_task(const AttentionForward& p, int64_t head, int64_t first,
+void attention_forward_task(const AttentionForward& p, int64_t head, int64_t first, int64_t end,
                             std::byte* memory) {
   using Sum = typename Accumulation<Storage>::type;
   const auto& problem = p.problem;
   const int64_t dim = problem.dim, stride = row_stride<Sum>(dim);
-  const int64_t end = std::min(first + kTaskRows, problem.time), rows = end - first;
+  const int64_t rows = end - first;
   const auto q = head_matrix<Storage>(p.q, problem, head),
              k = head_matrix<Storage>(p.k, problem, head),
              v = head_matrix<Storage>(p.v, problem, head);
   Storage* out = head_data<Storage>(p.out, problem, head) + first * p.out.time;
   auto* lse = static_cast<Sum*>(p.lse) + head * problem.time + first;
-  const ForwardScratch<Sum> s(memory, dim);
+  const ForwardScratch<Sum> s(memory, rows, dim);
 
   Prefetch prefetch(problem.time <= kBlock ? problem.time : 0);
   prefetch.add(Matrix<Storage>{out, p.out.time, 1}, dim);
@@ -142,12 +138,16 @@ void attention_forward_task(const AttentionForward& p, int64_t head, int64_t fir
 template <class Storage>
 void attention_forward_typed(const AttentionForward& p) {
   using Sum = typename Accumulation<Storage>::type;
-  const int64_t heads = p.problem.batch * p.problem.heads;
-  const int64_t tasks_a_head = (p.problem.time + kTaskRows - 1) / kTaskRows;
-  const size_t bytes = ForwardScratch<Sum>(nullptr, p.problem.dim).bytes;
+  const int64_t heads = p.problem.batch * p.problem.heads, time = p.problem.time;
+  const int64_t blocks = (time + kBlock - 1) / kBlock;
+  // Eight blocks a task repay copying K and V for each; one, where there is little to share out.
+  const int64_t task_rows = heads * blocks < 32 * max_threads() ? kBlock : 8 * kBlock;
+  const int64_t tasks_a_head = (time + task_rows - 1) / task_rows;
+  const size_t bytes = ForwardScratch<Sum>(nullptr, std::min(time, task_rows), p.problem.dim).bytes;
   parallel_for_runs(heads * tasks_a_head, bytes, [&](int64_t task, std::byte* memory) {
-    const int64_t longest_first = tasks_a_head - 1 - task / heads;
-    attention_forward_task<Storage>(p, task % heads, longest_first * kTaskRows, memory);
+    const int64_t first = (tasks_a_head - 1 - task / heads) * task_rows;  // longest first
+    attention_forward_task<Storage>(p, task % heads, first, std::min(time, first + task_rows),
+                                    memory);
   });
 }
 

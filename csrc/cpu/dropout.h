@@ -30,13 +30,6 @@ GPT_EXT_INLINE WideProduct multiply_wide(Vec<uint32_t> a, uint32_t m) {
   return product;
 }
 
-// Elements of a and b in turn, of their lower halves (kHalf = 0) or their upper ones.
-template <int kHalf, size_t... i>
-GPT_EXT_INLINE Vec<uint32_t> zip(Vec<uint32_t> a, Vec<uint32_t> b, std::index_sequence<i...>) {
-  constexpr size_t kCount = sizeof...(i);
-  return __builtin_shufflevector(a, b, (kHalf * kCount / 2 + i / 2 + i % 2 * kCount)...);
-}
-
 // Words of consecutive Philox blocks, as common/philox.h computes one.
 constexpr int64_t kBlocks = kLanes<uint32_t>;
 GPT_EXT_INLINE void philox_blocks(uint64_t key, Philox4 first, uint32_t (&words)[4 * kBlocks]) {

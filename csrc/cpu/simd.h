@@ -138,6 +138,13 @@ GPT_EXT_INLINE void store(float* p, Vec<float> x, int64_t count) {
 }
 #endif
 
+// The first halves of a and b, or the second ones, element by element in turn.
+template <int kHalf, class V, size_t... i>
+GPT_EXT_INLINE V zip(V a, V b, std::index_sequence<i...>) {
+  constexpr size_t kCount = sizeof...(i);
+  return __builtin_shufflevector(a, b, (kHalf * kCount / 2 + i / 2 + i % 2 * kCount)...);
+}
+
 // Transposes a square of vectors in place: for each bit of a lane's number, rows whose numbers
 // differ in that bit exchange the lanes off the diagonal.
 template <size_t kBit, class V, size_t... i>

@@ -17,6 +17,9 @@ from gpt_ext.ops.philox import attention_keep_mask
 
 MAX_HEAD_DIM = 256
 
+_FORWARD = torch.ops.gpt_ext.attention_forward.default
+_BACKWARD = torch.ops.gpt_ext.attention_backward.default
+
 
 @torch.library.register_fake("gpt_ext::attention_forward")
 def _(
@@ -73,9 +76,7 @@ class _CausalAttention(torch.autograd.Function):
     def forward(
         ctx: Any, scale: float, dropout_p: float, dropout_seed: Tensor | None, *inputs: Tensor
     ) -> Tensor:
-        out, lse = torch.ops.gpt_ext.attention_forward(
-            *_heads(inputs), scale, dropout_p, dropout_seed
-        )
+        out, lse = _FORWARD(*_heads(inputs), scale, dropout_p, dropout_seed)
         ctx.save_for_backward(out, lse, dropout_seed, *inputs)
         ctx.scale, ctx.dropout_p = scale, dropout_p
         ctx.set_materialize_grads(False)
@@ -93,9 +94,7 @@ class _CausalAttention(torch.autograd.Function):
                 lambda *inputs: _plain_attention(*_heads(inputs), *options), *inputs
             )[1](dout)
         else:
-            dqkv = torch.ops.gpt_ext.attention_backward(
-                dout.contiguous(), *_heads(inputs), out, lse, *options
-            )
+            dqkv = _BACKWARD(dout.contiguous(), *_heads(inputs), out, lse, *options)
             grads = dqkv.unbind(2) if len(inputs) == 3 else [dqkv]
         return None, None, None, *grads
 
@@ -114,7 +113,7 @@ def _call(name: str, inputs: Sequence[Tensor], scale: float | None, dropout_p: f
     inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in inputs]
     if _functional.needs_grad(*inputs):
         return _CausalAttention.apply(scale, dropout_p, seed, *inputs)
-    return torch.ops.gpt_ext.attention_forward(*_heads(inputs), scale, dropout_p, seed)[0]
+    return _FORWARD(*_heads(inputs), scale, dropout_p, seed)[0]
 
 
 def causal_attention(
