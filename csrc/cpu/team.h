@@ -1,0 +1,80 @@
+// The threads of one OpenMP region as ranks that meet at barriers, for work in steps too short for
+// a region each.
+#pragma once
+
+#include <omp.h>
+
+#include <atomic>
+#include <cstdint>
+#include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace gpt_ext::cpu {
+
+class Barrier {
+ public:
+  // Returns when `size` threads have called it. Waits in a loop for as long as a step may take,
+  // then asleep: where threads outnumber free cores, the one that is waited for needs a core.
+  void wait(int size) {
+    const uint32_t phase = phase_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+      arrived_.store(0, std::memory_order_relaxed);
+      phase_.store(phase + 1, std::memory_order_release);
+      phase_.notify_all();
+      return;
+    }
+    for (int spin = 0; spin < kSpins; ++spin) {
+      if (phase_.load(std::memory_order_acquire) != phase) return;
+      pause();
+    }
+    phase_.wait(phase, std::memory_order_acquire);
+  }
+
+ private:
+  static constexpr int kSpins = 2000;  // some 50 to 100 us
+
+  static void pause() {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> phase_{0};
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+// One thread's place in the team.
+struct Rank {
+  int index, size;
+  Barrier* barrier;
+
+  void meet() const {
+    if (size > 1) barrier->wait(size);
+  }
+  // This rank's part of [begin, end).
+  Range part(int64_t begin, int64_t end) const {
+    const int64_t n = end - begin;
+    return {begin + n * index / size, begin + n * (index + 1) / size};
+  }
+};
+
+// The most ranks that run_team will make.
+inline int largest_team() { return omp_get_max_threads(); }
+
+// Calls work(rank) on every thread of a team; work must not throw.
+template <class Work>
+void run_team(const Work& work) {
+  Barrier barrier;
+#pragma omp parallel
+  work(Rank{omp_get_thread_num(), omp_get_num_threads(), &barrier});
+}
+
+}  // namespace gpt_ext::cpu
