@@ -7,15 +7,82 @@
 
 namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
-// The cache of one block, and the elements from one sequence to the next.
+// The cache of one head of one sequence, packed as weights are: keys with positions for outputs, in
+// panels [T'/16][D][16], and values with dims for outputs, in panels [D'/16][T'][16]; in bfloat16
+// with pairs of dims, and of positions, side by side. So attention is two products.
 template <class Storage>
-struct BlockCache {
-  Storage *keys, *values;  // (B, H, D, T'), (B, H, T', D')
-  int64_t key_sequence, value_sequence;
+struct HeadCache {
+  static constexpr auto kFormat =
+      std::is_same_v<Storage, float> ? WeightFormat::kFloat32 : WeightFormat::kBFloat16;
+  static constexpr int64_t kDepth = Format<kFormat>::kDepth;
+
+  Storage *keys, *values;
+  int64_t dim, positions;  // D, T'
+
+  // x: dims [d, d + count) of the key at `position`.
+  void put_key(int64_t position, int64_t d, int64_t count, const float* x) const {
+    const int64_t steps = (dim + kDepth - 1) / kDepth;
+    Storage* panel = keys + (position / kPanel * steps * kPanel + position % kPanel) * kDepth;
+    for (int64_t i = 0; i < count; ++i)
+      put(panel + (d + i) / kDepth * kPanel * kDepth + (d + i) % kDepth, x[i]);
+  }
+  void put_value(int64_t position, int64_t d, int64_t count, const float* x) const {
+    Storage* step = values + position / kDepth * kPanel * kDepth + position % kDepth;
+    for (int64_t i = 0; i < count; ++i)
+      put(step + (d + i) / kPanel * kPanel * positions + (d + i) % kPanel * kDepth, x[i]);
+  }
+  PackedMatrix key_matrix() const { return matrix(keys, dim, dim, positions / kPanel); }
+  // Of the first n positions.
+  PackedMatrix value_matrix(int64_t n) const {
+    return matrix(values, n, positions, decode_align(dim) / kPanel);
+  }
+
+ private:
+  static void put(float* p, float x) { *p = x; }
+  static void put(bf16* p, float x) { *p = to_bf16(x); }
+  static PackedMatrix matrix(const Storage* data, int64_t depth, int64_t whole_depth,
+                             int64_t panels) {
+    return {reinterpret_cast<const std::byte*>(data),
+            nullptr,
+            nullptr,
+            depth,
+            panels,
+            (whole_depth + kDepth - 1) / kDepth * kDepth * kPanel *
+                static_cast<int64_t>(sizeof(Storage))};
+  }
 };
 
-GPT_EXT_INLINE void store_one(float* p, float x) { *p = x; }
-GPT_EXT_INLINE void store_one(bf16* p, float x) { *p = to_bf16(x); }
+// Scores of n keys become exp2(factor (s - max)), zeros up to `end`; returns 1 / their sum.
+inline float softmax_row(float* scores, int64_t n, int64_t end, float factor) {
+  std::fill(scores + n, scores + end, -std::numeric_limits<float>::infinity());
+  Vec<float> largest = load(scores), total{};
+  for (int64_t t = 0; t < end; t += kLanes<float>)
+    largest = maximum<float>(largest, load(scores + t));
+  const float max = reduce_max<float>(largest);
+  for (int64_t t = 0; t < end; t += kLanes<float>) {
+    const Vec<float> weight = exp2((load(scores + t) - max) * factor);
+    store(scores + t, weight);
+    total += weight;
+  }
+  return 1 / reduce_sum<float>(total);
+}
+
+struct AttentionScratch {
+  float *scores, *out, *inverse;  // (6, T'), (6, D'), (6)
+  std::byte* rest;                // the products' scratch
+  size_t bytes;
+
+  AttentionScratch(std::byte* memory, int64_t positions, int64_t dim) {
+    Carver carver(memory);
+    scores = carver.take<float>(kTileRows * positions);
+    out = carver.take<float>(kTileRows * decode_align(dim));
+    inverse = carver.take<float>(kTileRows);
+    const size_t products = std::max(ProductScratch(nullptr, positions, kTileRows).bytes,
+                                     ProductScratch(nullptr, dim, kTileRows).bytes);
+    rest = carver.take<std::byte>(static_cast<int64_t>(products));
+    bytes = carver.used();
+  }
+};
 
 template <class Storage>
 class Decoder {
@@ -26,11 +93,6 @@ class Decoder {
     carve(nullptr, rows, ranks, samples);
     carve(thread_scratch(bytes_), rows, ranks, samples);
     if (x) x_ = x;
-    for (int64_t j = 0; j < 3 * model_.dim; ++j) {
-      const int64_t c = j % model_.dim, h = c / head_dim(), d = c % head_dim();
-      head_offset_[j] = j < 2 * model_.dim ? (h * head_dim() + d) * cache_.positions
-                                           : h * cache_.positions * value_row() + d;
-    }
   }
 
   // This rank's share of the rows' embeddings.
@@ -65,7 +127,7 @@ class Decoder {
     multiply(x_rows(first, count, &b.norm1), b.qkv, rank.part(0, query_panels),
              {ProductOut::kStore, qkv_ + first * qkv_row(), qkv_row()});
     rank.meet();
-    attend(rank, rows, index, first, scratch);
+    attend(rank, rows, index, first);
     rank.meet();
     const ProductOut onto_x{ProductOut::kAdd, x_ + first * x_row(), x_row()};
     multiply({attended_ + first * x_row(), count, x_row(), nullptr, 0}, b.projection,
@@ -92,7 +154,6 @@ class Decoder {
 
  private:
   int64_t head_dim() const { return model_.dim / model_.heads; }
-  int64_t value_row() const { return decode_align(head_dim()); }
   int64_t x_row() const { return decode_align(model_.dim); }
   int64_t hidden_row() const { return decode_align(model_.hidden); }
   int64_t qkv_row() const { return decode_align(3 * model_.dim); }
@@ -103,10 +164,9 @@ class Decoder {
     qkv_ = carver.take<float>(rows * qkv_row());
     attended_ = carver.take<float>(rows * x_row());
     hidden_ = carver.take<float>(rows * hidden_row());
-    head_offset_ = carver.take<int64_t>(qkv_row());
     scratch_bytes_ = std::max({ProductScratch(nullptr, model_.dim, rows).bytes,
                                ProductScratch(nullptr, model_.hidden, rows).bytes,
-                               static_cast<size_t>(cache_.positions) * sizeof(float),
+                               AttentionScratch(nullptr, cache_.positions, head_dim()).bytes,
                                samples ? SampleScratch(nullptr, model_.vocab).bytes : 0});
     scratch_bytes_ = (scratch_bytes_ + 63) / 64 * 64;
     scratch_ = carver.take<std::byte>(ranks * static_cast<int64_t>(scratch_bytes_));
@@ -117,46 +177,67 @@ class Decoder {
     return {x_ + first * x_row(), count, x_row(), norm, static_cast<float>(model_.norm_eps)};
   }
 
-  BlockCache<Storage> block_cache(int64_t index) const {
-    const int64_t keys = model_.dim * cache_.positions;
-    const int64_t values = model_.heads * cache_.positions * value_row();
-    return {static_cast<Storage*>(cache_.keys) + index * cache_.sequences * keys,
-            static_cast<Storage*>(cache_.values) + index * cache_.sequences * values, keys, values};
+  HeadCache<Storage> head_cache(int64_t index, int64_t sequence, int64_t h) const {
+    const int64_t head = (index * cache_.sequences + sequence) * model_.heads + h;
+    const int64_t offset = head * cache_.positions * decode_align(head_dim());
+    return {static_cast<Storage*>(cache_.keys) + offset,
+            static_cast<Storage*>(cache_.values) + offset, head_dim(), cache_.positions};
   }
 
   // Copies the keys and values among the panels' columns of q, k and v to the cache.
   void cache_columns(const DecodeRows& rows, int64_t index, Range panels) const {
-    const auto cache = block_cache(index);
     const int64_t dim = model_.dim, end = std::min(panels.end * kPanel, 3 * dim);
-    for (int64_t i = 0; i < rows.count; ++i) {
-      const float* row = qkv_ + i * qkv_row();
-      Storage* keys = cache.keys + rows.sequence[i] * cache.key_sequence + rows.position[i];
-      Storage* values =
-          cache.values + rows.sequence[i] * cache.value_sequence + rows.position[i] * value_row();
-      int64_t c = std::max(panels.begin * kPanel, dim);
-      for (; c < std::min(end, 2 * dim); ++c) store_one(keys + head_offset_[c], row[c]);
-      for (; c < end; ++c) store_one(values + head_offset_[c], row[c]);
+    for (int64_t i = 0; i < rows.count; ++i)
+      for (int64_t c = std::max(panels.begin * kPanel, dim); c < end;) {
+        const int64_t h = c % dim / head_dim(), d = c % head_dim();
+        const int64_t run = std::min(head_dim() - d, end - c);
+        const HeadCache<Storage> cache = head_cache(index, rows.sequence[i], h);
+        const float* x = qkv_ + i * qkv_row() + c;
+        if (c < 2 * dim)
+          cache.put_key(rows.position[i], d, run, x);
+        else
+          cache.put_value(rows.position[i], d, run, x);
+        c += run;
+      }
+  }
+
+  // Rows from `first` on attend, in runs of neighbours of one sequence. Every rank takes every
+  // ranks'th pair of a run and a head, for late rows see more keys than early ones.
+  void attend(const Rank& rank, const DecodeRows& rows, int64_t index, int64_t first) const {
+    int64_t task = 0;
+    for (int64_t i = first, run = 0; i < rows.count; i += run) {
+      for (run = 1; run < kTileRows && i + run < rows.count &&
+                    rows.sequence[i + run] == rows.sequence[i] &&
+                    rows.position[i + run] == rows.position[i] + run;)
+        ++run;
+      for (int64_t h = 0; h < model_.heads; ++h)
+        if (task++ % rank.size == rank.index)
+          attend_run(i, run, rows.position[i], h, head_cache(index, rows.sequence[i], h),
+                     scratch(rank));
     }
   }
 
-  // Rows from `first` on attend; every rank takes every ranks'th pair of a row and a head, for late
-  // rows see more keys than early ones.
-  void attend(const Rank& rank, const DecodeRows& rows, int64_t index, int64_t first,
-              std::byte* scratch) const {
-    const auto cache = block_cache(index);
-    const int64_t dim = head_dim(), heads = model_.heads;
-    const float factor = static_cast<float>(kLog2E / std::sqrt(static_cast<double>(dim)));
-    float* scores = reinterpret_cast<float*>(scratch);
-    for (int64_t task = first * heads + rank.index; task < rows.count * heads; task += rank.size) {
-      const int64_t i = task / heads, h = task % heads, n = rows.position[i] + 1;
-      const Storage* keys = cache.keys + rows.sequence[i] * cache.key_sequence;
-      const Storage* values = cache.values + rows.sequence[i] * cache.value_sequence;
-      cached_scores(qkv_ + i * qkv_row() + h * dim, keys + h * dim * cache_.positions, dim,
-                    cache_.positions, n, factor, scores);
-      const float inverse = cached_softmax(scores, n);
-      cached_values(scores, values + h * cache_.positions * value_row(), dim, n, inverse,
-                    attended_ + i * x_row() + h * dim);
-    }
+  // Rows [i, i + run), at `position` and after it.
+  void attend_run(int64_t i, int64_t run, int64_t position, int64_t h,
+                  const HeadCache<Storage>& cache, std::byte* memory) const {
+    const AttentionScratch s(memory, cache.positions, cache.dim);
+    const float factor = static_cast<float>(kLog2E / std::sqrt(static_cast<double>(cache.dim)));
+    const int64_t keys = position + run, panels = (keys + kPanel - 1) / kPanel;
+    product_typed<Format<HeadCache<Storage>::kFormat>>(
+        {qkv_ + i * qkv_row() + h * cache.dim, run, qkv_row(), nullptr, 0}, cache.key_matrix(),
+        {0, panels}, s.rest, {ProductOut::kRaw, s.scores, cache.positions});
+    for (int64_t r = 0; r < run; ++r)
+      s.inverse[r] =
+          softmax_row(s.scores + r * cache.positions, position + r + 1, panels * kPanel, factor);
+    const PackedMatrix values = cache.value_matrix(keys);
+    product_typed<Format<HeadCache<Storage>::kFormat>>(
+        {s.scores, run, cache.positions, nullptr, 0}, values, {0, values.panel_count}, s.rest,
+        {ProductOut::kRaw, s.out, decode_align(cache.dim)});
+    for (int64_t r = 0; r < run; ++r)
+      for_columns<float>(cache.dim, [&](int64_t d, auto part) {
+        store(attended_ + (i + r) * x_row() + h * cache.dim + d,
+              load(s.out + r * decode_align(cache.dim) + d, part) * s.inverse[r], part);
+      });
   }
 
   PackedModel packed_;
@@ -164,8 +245,7 @@ class Decoder {
   DecodeCache cache_;
   // (R, C') the residual stream, (R, 3 C padded), (R, C'), (R, h')
   float *x_, *qkv_, *attended_, *hidden_;
-  int64_t* head_offset_;  // (3 C padded) where the cache of a sequence keeps a column
-  std::byte* scratch_;    // (ranks, scratch_bytes)
+  std::byte* scratch_;  // (ranks, scratch_bytes)
   size_t scratch_bytes_, bytes_;
 };
 

@@ -90,8 +90,14 @@ struct Format<WeightFormat::kInt8> {
   GPT_EXT_INLINE static Vec<int32_t> weights(const Stored* p) {  // pairs of int16
     typename VectorOf<int8_t, 2 * kLanes<float>>::type bytes;
     std::memcpy(&bytes, p, sizeof bytes);
+#if defined(__x86_64__) && GPT_EXT_VECTOR_BYTES == 32  // GCC 12 converts by halves
+    return (Vec<int32_t>)_mm256_cvtepi8_epi16((__m128i)bytes);
+#elif defined(__x86_64__) && GPT_EXT_VECTOR_BYTES == 64
+    return (Vec<int32_t>)_mm512_cvtepi8_epi16((__m256i)bytes);
+#else
     return (Vec<int32_t>)__builtin_convertvector(
         bytes, typename VectorOf<int16_t, 4 * kLanes<float>>::type);
+#endif
   }
   GPT_EXT_INLINE static Vec<int32_t> multiply_add(Vec<int32_t> a, Vec<int32_t> w,
                                                   Vec<int32_t> sum) {
@@ -189,10 +195,10 @@ inline void normalise(const float* x, int64_t dim, const PackedNorm& norm, float
     store(out + c, (load(x + c) - mean) * rstd * load(norm.weight + c) + load(norm.bias + c));
 }
 
-// What becomes of a product's rows: bias added, then into y, onto y, or through the activation into
-// y (rows, stride).
+// What becomes of a product's rows: into y (rows, stride) as they are, or, bias added, into y, onto
+// y, or through the activation into y.
 struct ProductOut {
-  enum Finish { kStore, kAdd, kActivate } finish;
+  enum Finish { kRaw, kStore, kAdd, kActivate } finish;
   float* y;
   int64_t stride;
   Activation activation = Activation::kRelu;
@@ -206,6 +212,9 @@ inline void finish_row(const ProductOut& out, const float* sums, const float* bi
       store(to + c, f(load(sums + c) + load(bias + c), c));
   };
   switch (out.finish) {
+    case ProductOut::kRaw:
+      std::memcpy(to, sums, n * sizeof *to);
+      return;
     case ProductOut::kStore:
       return each([](Vec<float> z, int64_t) { return z; });
     case ProductOut::kAdd:
@@ -276,12 +285,15 @@ void product_typed(const ProductRows& rows, const PackedMatrix& m, Range panels,
       for (; block - i >= 3; i += 4) run.template operator()<4, kPanels>(p, i);
       if (block - i > 0) run.template operator()<2, kPanels>(p, i);
     };
-    int64_t p = panels.begin;
+    const auto one = [&]<int kPanels>(const auto& self, int64_t p) {
+      for (; panels.end - p >= kPanels; p += kPanels) run.template operator()<1, kPanels>(p, 0);
+      if constexpr (kPanels > 1)
+        if (p < panels.end) self.template operator()<kPanels - 1>(self, p);
+    };
     if (block == 1) {
-      for (; panels.end - p >= kOneRowPanels; p += kOneRowPanels)
-        run.template operator()<1, kOneRowPanels>(p, 0);
-      for (; p < panels.end; ++p) run.template operator()<1, 1>(p, 0);
+      one.template operator()<kOneRowPanels>(one, panels.begin);
     } else {
+      int64_t p = panels.begin;
       for (; panels.end - p >= kManyRowsPanels; p += kManyRowsPanels)
         many.template operator()<kManyRowsPanels>(p);
       for (; p < panels.end; ++p) many.template operator()<1>(p);

@@ -20,7 +20,6 @@ void decode_generate(Cpu, const DecodeGenerate& p) { GPT_EXT_CALL_LEVEL(decode_g
 
 #else
 
-#include "cpu/decode_attention.h"
 #include "cpu/decode_product.h"
 #include "cpu/decode_sample.h"
 // What builds on them.

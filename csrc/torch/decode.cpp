@@ -104,14 +104,14 @@ DecodeModel checked_model(const Tensor& packed) {
 }
 
 DecodeCache checked_cache(const Tensor& keys, const Tensor& values, const DecodeModel& model) {
-  check_rank(keys, "keys", 5, "(L, B, H, D, T')");
-  const int64_t sequences = keys.size(1), positions = keys.size(4);
-  const int64_t dim = model.dim / model.heads;
-  check_shape(keys, "keys", {model.blocks, sequences, model.heads, dim, positions});
+  check_rank(keys, "keys", 5, "(L, B, H, T', D')");
+  const int64_t sequences = keys.size(1), positions = keys.size(3);
+  const Shape shape{model.blocks, sequences, model.heads, positions,
+                    decode_align(model.dim / model.heads)};
+  check_shape(keys, "keys", shape);
+  check_shape(values, "values", shape);
   check(positions == decode_align(positions), "keys hold ", positions,
         " positions, expected a multiple of ", kDecodeAlign);
-  check_shape(values, "values",
-              {model.blocks, sequences, model.heads, positions, decode_align(dim)});
   check_type(values, "values", keys.scalar_type());
   check_contiguous(keys, "keys");
   check_contiguous(values, "values");
