@@ -145,6 +145,9 @@ class Session:
         self.engine, self.window, self.stride, self.sampling = engine, window, stride, sampling
         self.texts = [list(prompt[-window:]) for prompt in prompts]
         self.cached = [0] * len(prompts)
+        self.vocab_size = config.vocab_size
+        # Of each generator, before and after the draws of the last call.
+        self.states: list[tuple[Tensor, Tensor]] = []
         self.going = list(range(len(prompts)))
         self.last = torch.empty(len(prompts), dtype=torch.int64)  # of the sequences that ended
         longest = max(map(len, self.texts))
@@ -168,7 +171,6 @@ class Session:
                 self.cached[b] = 0
         steps = min(most, *(window + 1 - len(texts[b]) for b in self.going))
         rows = self._prefill()
-        before = [g.get_state() for g in self.sampling.generators] if self.sampling.stop else []
         sampling = self.sampling
         drawn, _ = decode.generate(
             self.engine.packed, self.cache, rows, len(self.going), steps,
@@ -176,7 +178,7 @@ class Session:
             top_k=sampling.top_k or 0, top_p=sampling.top_p or 1.0,
             seen=self.seen, noise=self._noise(steps), stop=self.stop,
         )  # fmt: skip
-        return self._keep(drawn, before)
+        return self._keep(drawn)
 
     def _prefill(self) -> Tensor:
         """The rows (3, R) to go on from, once there are few enough of them for one call."""
@@ -199,46 +201,72 @@ class Session:
                 decode.forward(x, self.engine.packed, self.cache, rows, block, end)
         return torch.tensor(final).T.contiguous()
 
+    def give_back(self, used: int) -> None:
+        """Takes back what the last call drew beyond its first `used` tokens.
+
+        The generators stand then where those tokens alone would have left them. One that somebody
+        else has drawn from, or seeded, since then is left alone.
+        """
+        for generator, (before, after) in zip(self.sampling.generators, self.states, strict=False):
+            if torch.equal(generator.get_state(), after):
+                generator.set_state(before)
+                again = torch.empty(len(self.texts) // len(self.states), self.vocab_size)
+                for _ in range(used):
+                    again.exponential_(generator=generator)
+
     def _noise(self, steps: int) -> Tensor | None:
         """Exp(1) numbers (steps, B, V), drawn as torch.multinomial draws them step by step."""
         if self.sampling.temperature == 0:
+            self.states = []
             return None
-        noise = torch.empty(steps, len(self.texts), self.engine.config.vocab_size)
         generators = self.sampling.generators
+        parts = len(generators)
+        before = [generator.get_state() for generator in generators]
+        noise = torch.empty(steps, parts, len(self.texts) // parts, self.vocab_size)
         for step in noise.unbind():
-            for part, generator in zip(step.chunk(len(generators)), generators, strict=True):
+            for part, generator in zip(step.unbind(), generators, strict=True):
                 part.exponential_(generator=generator)
-        return noise
+        self.states = [(b, g.get_state()) for b, g in zip(before, generators, strict=True)]
+        return noise.flatten(1, 2)
 
-    def _keep(self, drawn: Tensor, before: Sequence[Tensor]) -> Tensor:
-        """Takes the tokens (n, B) into the texts; gives back random numbers that went unused."""
-        used = int((drawn >= 0).any(dim=1).sum())
-        if used < len(drawn):
-            for generator, state in zip(self.sampling.generators, before, strict=True):
-                generator.set_state(state)
-            self._noise(used)
-            drawn = drawn[:used]
-        for b in list(self.going):
-            new = drawn[:, b][drawn[:, b] >= 0].tolist()
-            self.texts[b] += new
+    def _keep(self, drawn: Tensor) -> Tensor:
+        """Takes the tokens (n, B) into the texts, up to the step at which the last one ended."""
+        steps = drawn.tolist()
+        for b in self.going:
+            self.texts[b] += [step[b] for step in steps if step[b] >= 0]
             self.cached[b] = len(self.texts[b]) - 1
-            if new[-1] in self.sampling.stop:
-                self.going.remove(b)
-                self.last[b] = new[-1]
-        return torch.where(drawn < 0, self.last, drawn)
+        if self.stop is None:
+            return drawn
+        used = sum(max(step) >= 0 for step in steps)
+        if used < len(steps):
+            self.give_back(used)
+        for b, text in enumerate(self.texts):
+            self.last[b] = text[-1]
+        self.going = [b for b in self.going if self.texts[b][-1] not in self.sampling.stop]
+        return torch.where(drawn < 0, self.last, drawn)[:used]
 
 
-def chunks(session: Session, new: int, chunked: bool) -> Iterator[Tensor]:
-    """`new` tokens of the session's sequences, in chunks (n, B); fewer where all sequences end.
+def chunks(session: Session, new: int) -> Iterator[Tensor]:
+    """`new` tokens of the session's sequences, (n, B) at a time; fewer where all sequences end.
 
-    Chunks are of one token, or, where `chunked`, of as many as are drawn in about CALL_SECONDS.
+    A chunk is of as many as are drawn in about CALL_SECONDS, the first of one.
     """
     steps = 1
     while new > 0 and session.going:
         start = time.perf_counter()
         drawn = session.next_tokens(min(steps, new))
         new -= len(drawn)
-        if chunked:
-            token = (time.perf_counter() - start) / len(drawn)
-            steps = max(1, min(8 * steps, int(CALL_SECONDS / token)))
+        token_seconds = (time.perf_counter() - start) / len(drawn)
+        steps = max(1, min(8 * steps, int(CALL_SECONDS / token_seconds)))
         yield drawn
+
+
+def one_by_one(session: Session, new: int) -> Iterator[Tensor]:
+    """The same, (B,) at a time. Closed early, it gives back the random numbers of later tokens."""
+    for chunk in chunks(session, new):
+        for used, token in enumerate(chunk, 1):
+            try:
+                yield token
+            except GeneratorExit:
+                session.give_back(used)
+                raise

@@ -48,11 +48,11 @@ def generate(
     """
     if context.dim() == 2 and context.shape[0] != 1:
         raise ValueError(f"context must hold one sequence, (1, T), got {tuple(context.shape)}")
-    new = chunks(model, context, new_chars, window=context_length, chunked=True)
-    return "".join(int_to_char[int(token)] for chunk in new for token in chunk)
+    chunks = draw(model, context, new_chars, window=context_length)
+    return "".join(int_to_char[int(token)] for chunk in chunks for token in chunk)
 
 
-def chunks(
+def draw(
     model: GPT,
     prompts: Prompts,
     max_new_tokens: int,
@@ -67,9 +67,9 @@ def chunks(
     dtype: WeightFormat = "float32",
     overflow: Overflow = "exact",
     stride: int | None = None,
-    chunked: bool = False,
+    one_by_one: bool = False,
 ) -> Iterator[Tensor]:
-    """The tokens of `GPT.stream`, in chunks (n, B): of one, or, where `chunked`, of a call's worth.
+    """The tokens of `GPT.stream`, (n, B) at a time or, `one_by_one`, (B,).
 
     `window` is of any length up to context_length, which it is by default. All that is wrong with
     the arguments is raised here, before the first token is asked for.
@@ -96,12 +96,14 @@ def chunks(
         try:
             native = engine.engine_for(model, dtype)
         except engine.NotPlainError:
-            yield from in_torch(model, torch.stack(rows), max_new_tokens, window, dropped, sampling)
+            tokens = torch.stack(rows)
+            for new in in_torch(model, tokens, max_new_tokens, window, dropped, sampling):
+                yield new if one_by_one else new[None]
             return
         texts = [row.tolist() for row in rows]
         session = engine.Session(native, texts, max_new_tokens, window, dropped, sampling)
-        for chunk in engine.chunks(session, max_new_tokens, chunked):
-            yield chunk.to(rows[0].device)
+        tokens_of = engine.one_by_one if one_by_one else engine.chunks
+        yield from tokens_of(session, max_new_tokens)
 
     return drawn()
 
@@ -193,7 +195,7 @@ def check_dtype(model: GPT, dtype: str, ragged: bool) -> None:
 def in_torch(
     model: GPT, tokens: Tensor, max_new_tokens: int, window: int, dropped: int, sampling: Sampling
 ) -> Iterator[Tensor]:
-    """The engine's loop in PyTorch: tokens (1, B) after `tokens` (B, T), one by one."""
+    """The engine's loop in PyTorch: tokens (B,) after `tokens` (B, T), one by one."""
     caches = [KVCache() for _ in model.blocks]
     seen = F.one_hot(tokens, model.config.vocab_size).amax(dim=1).bool()  # (B, V)
     stop = torch.tensor(sampling.stop, dtype=torch.int64, device=tokens.device)
@@ -208,7 +210,7 @@ def in_torch(
         new = torch.where(ended, tokens[:, -1:], sample(logits, seen, sampling))
         seen.scatter_(1, new, True)
         tokens = torch.cat((tokens, new), dim=1)
-        yield new.T
+        yield new[:, 0]
         ended = ended | torch.isin(new, stop)
         if sampling.stop and ended.all():
             return

@@ -202,8 +202,8 @@ class GPT(nn.Module):
         Of a list of prompts, (T,) each, it makes a list of texts, (T + new,) each, which end with
         their first stop token.
         """
-        drawn = generation.chunks(
-            self, tokens, max_new_tokens, chunked=True,
+        drawn = generation.draw(
+            self, tokens, max_new_tokens,
             temperature=temperature, top_k=top_k, top_p=top_p,
             repetition_penalty=repetition_penalty, stop=stop, generator=generator,
             dtype=dtype, overflow=overflow, stride=stride,
@@ -245,8 +245,9 @@ class GPT(nn.Module):
             repetition_penalty: divides the positive logits of tokens that the row holds already,
                 multiplies the negative ones (Keskar et al., 2019); 1 is none.
             generator: where the draws come from: PyTorch's default generator, this one, or one a
-                row, each row then drawing what it would draw alone. A generator has always moved
-                on by just the tokens given out.
+                row, each row then drawing what it would draw alone. Some tokens are drawn ahead;
+                when the iterator is closed or dropped early, the generator goes back to where the
+                tokens given out leave it, unless it was used or seeded by others meanwhile.
             dtype: of the weights that are multiplied, on a CPU: "float32", or a copy of them
                 rounded to "bfloat16" or to "int8", one scale an output, which is read faster.
             overflow: each token sees the context_length tokens before it: "exact". "reprefill"
@@ -257,13 +258,12 @@ class GPT(nn.Module):
             TypeError, ValueError, IndexError: a bad argument, at the call.
             RuntimeError: logits are not finite, at the token that they are for.
         """
-        drawn = generation.chunks(
-            self, tokens, max_new_tokens,
+        return generation.draw(
+            self, tokens, max_new_tokens, one_by_one=True,
             temperature=temperature, top_k=top_k, top_p=top_p,
             repetition_penalty=repetition_penalty, stop=stop, generator=generator,
             dtype=dtype, overflow=overflow, stride=stride,
         )  # fmt: skip
-        return (token for chunk in drawn for token in chunk)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
