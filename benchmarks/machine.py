@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +46,22 @@ def machine_line(facts: dict[str, Any]) -> str:
         f"{facts['simd_level']}; torch {facts['torch']}, gpt_ext {facts['gpt_ext']}, "
         f"{facts['compiler']}; {facts['system']}"
     )
+
+
+def limits(*sizes: int) -> dict[str, Any] | None:
+    """What the program `limits` of the native build measures now, on torch's number of threads.
+
+    "float32_flops" and "bfloat16_flops" a second, and in "read" the bytes a second read from a
+    working set of each of the `sizes`, in bytes. None where there is no native build.
+    """
+    programs = sorted(
+        Path(__file__).parent.parent.glob("build/*/benchmarks/native/limits"),
+        key=lambda program: program.stat().st_mtime,
+    )
+    if not programs:
+        return None
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [str(programs[-1]), *map(str, sizes)]
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    found: dict[str, Any] = json.loads(output.stdout)
+    return found | {"read": {int(size): rate for size, rate in found["read"].items()}}

@@ -13,11 +13,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gpt_ext import generation, layouts
 from gpt_ext.checks import check_token_ids, check_tokens
-from gpt_ext.ops import causal_attention, feed_forward
+from gpt_ext.ops import Norm, causal_attention, cross_entropy, feed_forward, linear
 
 Activation = Literal["relu", "gelu", "gelu_tanh"]
 MAX_HEAD_SIZE = 256  # kMaxHeadDim of csrc/ops/attention.h
@@ -58,8 +57,13 @@ class GPTConfig:
             )
 
 
+def norm_of(layer: nn.LayerNorm) -> Norm:
+    """The layer as the ops take it, to be computed by the product that reads it."""
+    return Norm(layer.weight, layer.bias, layer.eps)
+
+
 class Attention(nn.Module):
-    """Causal multi-head self-attention, (B, T, C) -> (B, T, C)."""
+    """x + dropout(causal multi-head self-attention of norm(x)), (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -67,28 +71,35 @@ class Attention(nn.Module):
         self.packed_shape = (3, config.num_heads, dim // config.num_heads)
         self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias)
         self.projection = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
-    def forward(self, x: Tensor, attend: Callable[..., Tensor] = causal_attention) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, self.packed_shape).unbind(2)  # views (B, T, H, D)
-        return self.dropout(self.projection(attend(q, k, v).flatten(2)))
+    def forward(
+        self, x: Tensor, norm: Norm, attend: Callable[..., Tensor] = causal_attention
+    ) -> Tensor:
+        qkv = linear(x, self.qkv.weight, self.qkv.bias, norm=norm)
+        q, k, v = qkv.view(*x.shape[:2], *self.packed_shape).unbind(2)  # views (B, T, H, D)
+        return linear(
+            attend(q, k, v).flatten(2), self.projection.weight, self.projection.bias,
+            residual=x, dropout_p=self.dropout if self.training else 0.0,
+        )  # fmt: skip
 
 
 class FeedForward(nn.Module):
-    """Linear, activation, Linear, four times as wide inside, (B, T, C) -> (B, T, C)."""
+    """x + dropout(Linear, activation, Linear of norm(x)), four times as wide inside."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.activation = config.activation
         self.up = nn.Linear(config.model_dim, 4 * config.model_dim)
         self.down = nn.Linear(4 * config.model_dim, config.model_dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: Norm) -> Tensor:
         up, down = self.up, self.down
-        return self.dropout(
-            feed_forward(x, up.weight, up.bias, down.weight, down.bias, activation=self.activation)
-        )
+        return feed_forward(
+            x, up.weight, up.bias, down.weight, down.bias, activation=self.activation,
+            norm=norm, dropout_p=self.dropout if self.training else 0.0,
+        )  # fmt: skip
 
 
 class Block(nn.Module):
@@ -102,8 +113,8 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(self, x: Tensor, attend: Callable[..., Tensor] = causal_attention) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), attend)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        x = self.attention(x, norm_of(self.attention_norm), attend)
+        return self.feed_forward(x, norm_of(self.feed_forward_norm))
 
 
 class GPT(nn.Module):
@@ -150,10 +161,15 @@ class GPT(nn.Module):
         outside the vocabulary; on CUDA, where looking would wait for the device, such an id fails
         PyTorch's device-side assertion, which the next synchronisation raises.
         """
+        head = self.vocab_projection
+        return linear(self.hidden(tokens), head.weight, head.bias, norm=norm_of(self.final_norm))
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the blocks make of `tokens` (B, T): (B, T, C), before the final norm."""
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x)
-        return self.vocab_projection(self.final_norm(x))
+        return x
 
     def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
         """Token plus position embedding, (B, T, C); the first token stands at position `start`."""
@@ -173,14 +189,18 @@ class GPT(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy, in nats a token, of `targets` (B, T) int64 after `tokens` (B, T).
 
-        Targets of -100 are left out of the mean, as in torch.nn.functional.cross_entropy.
+        Targets of -100 are left out of the mean, as in torch.nn.functional.cross_entropy. Raises
+        as `forward` does, for targets too.
         """
         if targets.shape != tokens.shape:
             raise ValueError(
                 f"targets must be shaped like tokens, {tuple(tokens.shape)}, "
                 f"got {tuple(targets.shape)}"
             )
-        return F.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
+        head = self.vocab_projection
+        return cross_entropy(
+            self.hidden(tokens), head.weight, head.bias, targets, norm=norm_of(self.final_norm)
+        )
 
     def generate(
         self,

@@ -9,11 +9,25 @@ at most (float32 gradients of q and k, D = 256), relative to the largest value o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 SUM_ROUNDINGS = 32
+
+# The dtype of inputs and parameters; under autocast, products are taken in bfloat16.
+MODES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "autocast": torch.float32,
+}
+
+
+def autocast_of(mode: str, device: str) -> AbstractContextManager[None]:
+    """The context that a mode runs in."""
+    return torch.autocast(device, torch.bfloat16, enabled=mode == "autocast")
 
 
 def floor(dtype: torch.dtype, largest: float) -> float:
@@ -28,8 +42,12 @@ def assert_as_good_as_torch(
     ours: Sequence[Tensor],
     torchs: Sequence[Tensor],
     references: Sequence[Tensor],
+    product: torch.dtype | None = None,
 ) -> None:
-    """Applies the rule to each of several results; a failure prints the worst coordinate."""
+    """Applies the rule to each of several results; a failure prints the worst coordinate.
+
+    product is the dtype that the operation computes in where that is narrower than its results'.
+    """
     for name, our, theirs, reference in zip(names, ours, torchs, references, strict=True):
         assert our.shape == reference.shape, f"{name}: {our.shape}, expected {reference.shape}"
         assert our.dtype == theirs.dtype, f"{name}: {our.dtype}, expected {theirs.dtype}"
@@ -37,7 +55,7 @@ def assert_as_good_as_torch(
             continue
         our_error = (our.cpu().double() - reference).abs()
         torch_error = (theirs.cpu().double() - reference).abs().max().item()
-        limit = 2 * torch_error + floor(our.dtype, reference.abs().max().item())
+        limit = 2 * torch_error + floor(product or our.dtype, reference.abs().max().item())
         if not our_error.max().item() <= limit:  # so that NaN fails
             worst = our_error.nan_to_num(torch.inf).argmax()
             place = tuple(int(i) for i in torch.unravel_index(worst, our.shape))

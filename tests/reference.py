@@ -39,6 +39,34 @@ def feed_forward(
     return hidden @ w2.T + b2
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim."""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+
+
+def linear(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None = None,
+    norm: tuple[Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> Tensor:
+    """residual + (norm(x) w^T + b) factor, where factor stands for dropout."""
+    z = (x if norm is None else layer_norm(x, *norm)) @ w.T
+    z = z if b is None else z + b
+    z = z if factor is None else z * factor
+    return z if residual is None else residual + z
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    """Mean over the rows whose target counts of log sum_v exp(z_v) - z_target."""
+    counted = targets != ignore_index
+    z, targets = logits[counted], targets[counted]
+    return (z.exp().sum(-1).log() - z.gather(-1, targets[:, None])[:, 0]).sum() / len(targets)
+
+
 def with_gradients(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], dout: Tensor
 ) -> list[Tensor]:
@@ -62,6 +90,16 @@ def philox(key: tuple[int, int], counter: Sequence[int]) -> list[int]:
         c0, c1, c2, c3 = p1 >> 32 ^ c1 ^ k0, p1 % 2**32, p0 >> 32 ^ c3 ^ k1, p0 % 2**32
         k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
     return [c0, c1, c2, c3]
+
+
+def residual_keep_mask(seed: int, p: float, rows: int, columns: int) -> Tensor:
+    """Dropout's mask (rows, columns): word j % 4 of counter (j / 4, i, 0, 1) against p 2^32."""
+    key = seed % 2**32, (seed >> 32) % 2**32
+    keep = np.empty((rows, columns), dtype=bool)
+    for row, block in np.ndindex(rows, (columns + 3) // 4):
+        words = philox(key, (block, row, 0, 1))[: columns - 4 * block]
+        keep[row, 4 * block : 4 * block + 4] = [word >= int(p * 2**32) for word in words]
+    return torch.from_numpy(keep)
 
 
 def attention_keep_mask(seed: int, p: float, batch: int, heads: int, time: int) -> Tensor:

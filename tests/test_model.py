@@ -235,11 +235,68 @@ def test_gradients_by_torch_func_for_each_sample() -> None:
         torch.testing.assert_close(gradients[name][1], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_under_bfloat16_autocast_the_loss_is_near_that_of_float32() -> None:
-    model = GPT(**SMALL, dropout=0.0)
-    expected = model.loss(small_tokens(), small_tokens())
+def test_the_loss_is_that_of_the_logits() -> None:
+    model = GPT(**SMALL).eval()
+    targets = small_tokens().flip(1)
+    expected = F.cross_entropy(model(small_tokens()).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(model.loss(small_tokens(), targets), expected)
+
+
+def test_a_target_outside_the_vocabulary_is_named() -> None:
+    targets = small_tokens()
+    targets[2, 7] = 31
+    with pytest.raises(IndexError, match=r"targets\[2, 7\] is 31, expected 0 to 30 or ignore_ind"):
+        GPT(**SMALL).loss(small_tokens(), targets)
+
+
+def test_dropout_follows_torchs_generator() -> None:
+    model = GPT(**SMALL, dropout=0.5)
+    losses = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        losses.append(model.loss(small_tokens(), small_tokens()).item())
+    assert losses[0] == losses[2] != losses[1]
+
+
+def test_all_gradients_are_the_same_for_any_number_of_threads() -> None:
+    model = GPT(**SMALL, dropout=0.1)
+    every = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        model.zero_grad()
+        model.loss(small_tokens(), small_tokens()).backward()
+        every.append([p.grad for p in model.parameters()])
+    assert all(all(map(torch.equal, one, every[0])) for one in every[1:])
+
+
+def test_under_bfloat16_autocast_the_stream_and_the_loss_stay_float32() -> None:
+    model = GPT(**SMALL, dropout=0.1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.hidden(small_tokens()).dtype == torch.float32
+        assert model(small_tokens()).dtype == torch.bfloat16
         loss = model.loss(small_tokens(), small_tokens())
+    assert loss.dtype == torch.float32
     loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=0.02)
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_under_bfloat16_autocast_a_model_learns_as_in_float32() -> None:
+    def losses(autocast: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = GPT(**SMALL, dropout=0.1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
+        seen = []
+        for step in range(60):
+            x = (small_tokens() * 7 + step) % 31
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                loss = model.loss(x, (x + 1) % 31)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            seen.append(loss.detach())
+        return torch.stack(seen)
+
+    exact, narrow = losses(False), losses(True)
+    assert exact[-1] < 0.5 * exact[0]
+    torch.testing.assert_close(narrow, exact, rtol=0.03, atol=0.03)

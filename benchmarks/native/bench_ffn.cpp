@@ -1,7 +1,10 @@
-// The feed-forward network, forward and backward.
+// The feed-forward network, forward and backward. On the CPU as the sub-layer of a block, with norm
+// and residual; in bfloat16 products are in bfloat16, parameters and residual stream in float32, as
+// under autocast. On CUDA alone and in one dtype.
 #include "ops/ffn.h"
 
 #include "harness.h"
+#include "matrices.h"
 
 namespace gpt_ext::bench {
 namespace {
@@ -18,34 +21,7 @@ constexpr Shape kShapes[] = {
 constexpr int64_t kCheckedRows =
     32;  // of a smaller problem: gradients of weights sum over all rows
 
-// (rows, inner) times (columns, inner) transposed, both row-major, in float64.
-std::vector<double> product(const std::vector<double>& a, const std::vector<double>& b,
-                            int64_t inner) {
-  const int64_t rows = a.size() / inner, columns = b.size() / inner;
-  std::vector<double> c(rows * columns);
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j)
-      for (int64_t k = 0; k < inner; ++k) c[i * columns + j] += a[i * inner + k] * b[j * inner + k];
-  return c;
-}
-
-std::vector<double> transposed(const std::vector<double>& a, int64_t columns) {
-  const int64_t rows = a.size() / columns;
-  std::vector<double> t(a.size());
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j) t[j * rows + i] = a[i * columns + j];
-  return t;
-}
-
-std::vector<double> column_sums(const std::vector<double>& a, int64_t columns) {
-  std::vector<double> sums(columns);
-  for (size_t i = 0; i < a.size(); ++i) sums[i % columns] += a[i];
-  return sums;
-}
-
-void add_row(std::vector<double>& a, const std::vector<double>& row) {
-  for (size_t i = 0; i < a.size(); ++i) a[i] += row[i % row.size()];
-}
+constexpr double kEps = 1e-5;
 
 struct Slope {
   double value, derivative;
@@ -68,25 +44,53 @@ class Ffn {
         w2_(s.model_dim * s.hidden_dim, 1 / std::sqrt(s.hidden_dim), 4),
         b2_(s.model_dim, 1, 5),
         dout_(s.rows * s.model_dim, 1, 6),
+        norm_weight_(s.model_dim, 1, 7),
+        norm_bias_(s.model_dim, 1, 8),
+        mean_(s.rows),
+        rstd_(s.rows),
         out_(s.rows * s.model_dim),
         saved_(s.rows * s.hidden_dim),
-        hidden_(s.activation == Activation::kRelu ? saved_ : Matrix(s.rows * s.hidden_dim)),
+        hidden_(s.activation == Activation::kRelu ? saved_ : Hidden(s.rows * s.hidden_dim)),
         dx_(s.rows * s.model_dim),
         dw1_(s.hidden_dim * s.model_dim),
         db1_(s.hidden_dim),
         dw2_(s.model_dim * s.hidden_dim),
         db2_(s.model_dim),
+        dnorm_weight_(s.model_dim),
+        dnorm_bias_(s.model_dim),
         dz_(s.rows * s.hidden_dim) {}
 
   void forward() {
-    ffn_forward(Backend{}, {out_.data(), saved_.data(), hidden_.data(), x_.data(), w1_.data(),
-                            b1_.data(), w2_.data(), b2_.data(), problem()});
+    ffn_forward(Backend{}, {out_.data(),
+                            saved_.data(),
+                            hidden_.data(),
+                            x_.data(),
+                            w1_.data(),
+                            b1_.data(),
+                            w2_.data(),
+                            b2_.data(),
+                            norm(),
+                            {},
+                            problem()});
   }
 
   void backward() {
-    ffn_backward(Backend{},
-                 {dx_.data(), dw1_.data(), db1_.data(), dw2_.data(), db2_.data(), dz_.data(),
-                  dout_.data(), x_.data(), w1_.data(), w2_.data(), saved_.data(), problem()});
+    ffn_backward(Backend{}, {dx_.data(),
+                             dw1_.data(),
+                             db1_.data(),
+                             dw2_.data(),
+                             db2_.data(),
+                             kNorm ? dnorm_weight_.data() : nullptr,
+                             kNorm ? dnorm_bias_.data() : nullptr,
+                             dz_.data(),
+                             dout_.data(),
+                             x_.data(),
+                             w1_.data(),
+                             w2_.data(),
+                             saved_.data(),
+                             norm(),
+                             {},
+                             problem()});
   }
 
   // A problem of fewer rows against float64; then everything that timing backward needs.
@@ -98,37 +102,64 @@ class Ffn {
   }
 
  private:
-  using Matrix = Tensor<Backend, T>;
+  static constexpr bool kNorm = std::is_same_v<Backend, Cpu>;
+  using Stream = std::conditional_t<kNorm, float, T>;
+  using Rows = Tensor<Backend, Stream>;
+  using Hidden = Tensor<Backend, T>;
 
   void compare() {
     forward();
     backward();
     const int64_t d = s_.model_dim, h = s_.hidden_dim;
-    const auto x = x_.values(), w1 = w1_.values(), w2 = w2_.values(), dout = dout_.values();
-    auto z = product(x, w1, d);
-    add_row(z, b1_.values());
-    auto a = z, dz = product(dout, transposed(w2, h), d);
+    const Matrix x = x_.values(), w1 = w1_.values(), w2 = w2_.values(), dout = dout_.values();
+    const NormReference norm(x, norm_weight_.values(), norm_bias_.values(), kEps);
+    const Matrix& read = kNorm ? norm.y() : x;
+    Matrix z = product(read, w1, d);
+    add(z, b1_.values());
+    Matrix a = z, dz = product(dout, transposed(w2, h), d);
     for (size_t i = 0; i < z.size(); ++i) {
       const Slope slope = activate(s_.activation, z[i]);
       a[i] = slope.value;
       dz[i] *= slope.derivative;
     }
-    auto out = product(a, w2, h);
-    add_row(out, b2_.values());
+    Matrix out = product(a, w2, h);
+    add(out, b2_.values());
+    const Matrix dread = product(dz, transposed(w1, d), h);
+    Matrix dx = dread;
+    if (kNorm) {
+      add(out, x);
+      dx = norm.dx(dread);
+      add(dx, dout);
+      expect_close<T>("dnorm_weight", dnorm_weight_.values(), norm.dweight(dread));
+      expect_close<T>("dnorm_bias", dnorm_bias_.values(), column_sums(dread, d));
+    }
     expect_close<T>("out", out_.values(), out);
-    expect_close<T>("dx", dx_.values(), product(dz, transposed(w1, d), h));
-    expect_close<T>("dw1", dw1_.values(), product(transposed(dz, h), transposed(x, d), s_.rows));
+    expect_close<T>("dx", dx_.values(), dx);
+    expect_close<T>("dw1", dw1_.values(), product(transposed(dz, h), transposed(read, d), s_.rows));
     expect_close<T>("db1", db1_.values(), column_sums(dz, h));
     expect_close<T>("dw2", dw2_.values(), product(transposed(dout, d), transposed(a, h), s_.rows));
     expect_close<T>("db2", db2_.values(), column_sums(dout, d));
   }
 
+  LayerNorm norm() const {
+    if (!kNorm) return {};
+    return {norm_weight_.data(), norm_bias_.data(), kEps, mean_.data(), rstd_.data()};
+  }
   FfnProblem problem() const {
-    return {Element<T>::kDType, s_.activation, s_.rows, s_.model_dim, s_.hidden_dim};
+    return {{Element<Stream>::kDType, Element<T>::kDType},
+            s_.activation,
+            s_.rows,
+            s_.model_dim,
+            s_.hidden_dim};
   }
 
   Shape s_;
-  Matrix x_, w1_, b1_, w2_, b2_, dout_, out_, saved_, hidden_, dx_, dw1_, db1_, dw2_, db2_, dz_;
+  Rows x_, w1_, b1_, w2_, b2_, dout_, norm_weight_, norm_bias_;
+  Tensor<Backend, float> mean_, rstd_;
+  Rows out_;
+  Hidden saved_, hidden_;
+  Rows dx_, dw1_, db1_, dw2_, db2_, dnorm_weight_, dnorm_bias_;
+  Hidden dz_;
 };
 
 }  // namespace

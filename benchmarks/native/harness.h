@@ -129,9 +129,9 @@ void expect_close(const char* what, const std::vector<double>& ours,
         ours[where], ", expected ", reference[where]);
 }
 
-template <class Backend>
+template <class Backend, class T>
 double peak() {
-  static const double flops_per_second = measure_peak(Backend{});
+  static const double flops_per_second = measure_peak(Backend{}, Element<T>::kDType);
   return flops_per_second;
 }
 
@@ -156,7 +156,7 @@ void add(const std::string& op, const std::string& shape, double flops, Make mak
       }
       const double rate = flops * state.iterations() / total;
       state.counters["GFLOP/s"] = rate * 1e-9;
-      state.counters["of_peak"] = rate / peak<Backend>();
+      state.counters["of_peak"] = rate / peak<Backend, T>();
     } catch (const Error& error) {
       any_failed = true;
       state.SkipWithError(error.what());
@@ -172,14 +172,14 @@ int run(int argc, char** argv, AddAll add_all) {
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
   benchmark::AddCustomContext("simd_level", cpu::simd_level());
   benchmark::AddCustomContext("threads", std::to_string(omp_get_max_threads()));
-  benchmark::AddCustomContext("cpu_peak_gflops", std::to_string(peak<Cpu>() * 1e-9));
+  benchmark::AddCustomContext("cpu_peak_gflops", std::to_string(peak<Cpu, float>() * 1e-9));
   add_all(Cpu{}, float{});
   add_all(Cpu{}, bf16{});
 #ifdef GPT_EXT_WITH_CUDA
   cudaDeviceProp device;
   if (cudaGetDeviceProperties(&device, 0) == cudaSuccess) {
     benchmark::AddCustomContext("device", device.name);
-    benchmark::AddCustomContext("cuda_peak_gflops", std::to_string(peak<Cuda>() * 1e-9));
+    benchmark::AddCustomContext("cuda_peak_gflops", std::to_string(peak<Cuda, float>() * 1e-9));
     add_all(Cuda{}, float{});
     add_all(Cuda{}, bf16{});
   } else {

@@ -1,4 +1,4 @@
-// The device's ceiling: float32 multiply-adds from registers alone.
+// The device's ceiling: float32 multiply-adds from registers alone, whatever the dtype asked for.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -26,7 +26,7 @@ __global__ void multiply_add_kernel(float* out, float factor) {
 
 }  // namespace
 
-double measure_peak(Cuda backend) {
+double measure_peak(Cuda backend, DType) {
   int multiprocessors = 0;
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0);
   const int blocks = multiprocessors * kBlocksPerMultiprocessor;

@@ -30,24 +30,41 @@ GPT_EXT_HOST_DEVICE inline Philox4 philox(uint64_t key, Philox4 counter) {
   return counter;
 }
 
-// Dropout of attention's probabilities: element (head, row, column), head = b * H + h, takes word
-// column % 4 of the block with counter (column / 4, row, head, 0) and is kept where that word is
-// at least p * 2^32; what is kept is scaled by 1 / (1 - p).
-struct AttentionDropout {
+// Dropout: an element of a row takes word column % 4 of the block that is column / 4 after the
+// row's first (word 0 counts), and is kept where that word is at least p * 2^32; what is kept is
+// scaled by 1 / (1 - p).
+struct DropoutMask {
   uint64_t seed;
   uint64_t threshold;  // p * 2^32, in [0, 2^32]
 
-  GPT_EXT_HOST_DEVICE AttentionDropout(int64_t seed, double p)
+  GPT_EXT_HOST_DEVICE DropoutMask(int64_t seed, double p)
       : seed(static_cast<uint64_t>(seed)), threshold(static_cast<uint64_t>(p * 4294967296.0)) {}
 
-  GPT_EXT_HOST_DEVICE bool keep(int64_t head, int64_t row, int64_t column) const {
-    const Philox4 block =
-        philox(seed, {{static_cast<uint32_t>(column / 4), static_cast<uint32_t>(row),
-                       static_cast<uint32_t>(head), 0}});
-    return block.word[column % 4] >= threshold;
+  GPT_EXT_HOST_DEVICE bool keep(Philox4 row, int64_t column) const {
+    row.word[0] = static_cast<uint32_t>(column / 4);
+    return philox(seed, row).word[column % 4] >= threshold;
   }
 
   static GPT_EXT_HOST_DEVICE double kept_scale(double p) { return p < 1 ? 1 / (1 - p) : 0; }
+};
+
+// Of attention's probabilities: element (head, row, column), head = b * H + h.
+struct AttentionDropout : DropoutMask {
+  using DropoutMask::DropoutMask;
+  static GPT_EXT_HOST_DEVICE Philox4 first_block(int64_t head, int64_t row) {
+    return {{0, static_cast<uint32_t>(row), static_cast<uint32_t>(head), 0}};
+  }
+  GPT_EXT_HOST_DEVICE bool keep(int64_t head, int64_t row, int64_t column) const {
+    return DropoutMask::keep(first_block(head, row), column);
+  }
+};
+
+// Of what a sub-layer adds to the residual stream: element (row, column), row = b * T + t.
+struct ResidualDropout : DropoutMask {
+  using DropoutMask::DropoutMask;
+  static GPT_EXT_HOST_DEVICE Philox4 first_block(int64_t row) {
+    return {{0, static_cast<uint32_t>(row), 0, 1}};
+  }
 };
 
 }  // namespace gpt_ext

@@ -185,10 +185,8 @@ inline void normalise(const float* x, int64_t dim, const PackedNorm& norm, float
   for (int64_t c = 0; c < decode_align(dim); c += kLanes<float>) total += load(x + c);
   const float mean = reduce_sum<float>(total) / static_cast<float>(dim);
   for_columns<float>(dim, [&](int64_t c, auto part) {
-    Vec<float> centred = load(x + c, part) - mean;
-    if constexpr (!std::is_same_v<decltype(part), Whole>)
-      for (int64_t i = part; i < kLanes<float>; ++i) centred[i] = 0;
-    squares += centred * centred;
+    const Vec<float> centred = load(x + c, part) - mean;
+    squares += keep_part<float>(centred * centred, part);
   });
   const float rstd = 1 / std::sqrt(reduce_sum<float>(squares) / static_cast<float>(dim) + eps);
   for (int64_t c = 0; c < decode_align(dim); c += kLanes<float>)

@@ -37,7 +37,7 @@ void dispatch_cache(DType dtype, const F& f) {
 
 void decode_forward(const DecodeForward& p) {
   dispatch_cache(p.cache.dtype, [&]<class D>(std::type_identity<D>) {
-    const D decoder(p.pack, p.cache, p.rows.count, largest_team(), false, p.x);
+    const D decoder(p.pack, p.cache, p.rows.count, max_threads(), false, p.x);
     run_team([&](const Rank& rank) {
       if (p.first_block == 0) decoder.embed(rank, p.rows);
       for (int64_t i = p.first_block; i < p.end_block; ++i) decoder.block(rank, p.rows, i, 0);
@@ -103,7 +103,7 @@ class Sequences {
 
 void decode_generate(const DecodeGenerate& p) {
   dispatch_cache(p.cache.dtype, [&]<class D>(std::type_identity<D>) {
-    const D decoder(p.pack, p.cache, p.rows.count, largest_team(), true, nullptr);
+    const D decoder(p.pack, p.cache, p.rows.count, max_threads(), true, nullptr);
     const int64_t vocab = decoder.model().vocab, sequences = p.cache.sequences;
     std::fill_n(p.tokens, p.steps * sequences, int64_t{-1});
     Sequences going(p.rows, p.finals);

@@ -1,6 +1,6 @@
 // Feed-forward network, forward, on CPUs: two products, each with its epilogue.
-//   hidden = act(x W1^T + b1)      bias and activation while the block of z is in cache
-//   out    = hidden W2^T + b2
+//   hidden = act(y W1^T + b1)      y = x or norm(x); bias and activation while the block is in
+//   cache out    = hidden W2^T + b2      or x + dropout of that
 
 #ifndef GPT_EXT_SIMD_LEVEL
 
@@ -19,45 +19,54 @@ void ffn_forward(Cpu, const FfnForward& p) { GPT_EXT_CALL_LEVEL(ffn_forward, p);
 
 namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
-template <Activation activation, class Storage>
+template <class Stream, class Product>
 void ffn_forward_typed(const FfnForward& p) {
-  using E = Arithmetic<Storage>;
+  using E = Arithmetic<Product>;
   using Sum = typename E::Sum;
   const int64_t rows = p.problem.rows, d = p.problem.model_dim, h = p.problem.hidden_dim;
-  const auto* x = static_cast<const Storage*>(p.x);    // (N, d)
-  const auto* w1 = static_cast<const Storage*>(p.w1);  // (h, d)
-  const auto* b1 = static_cast<const Storage*>(p.b1);  // (h)
-  const auto* w2 = static_cast<const Storage*>(p.w2);  // (d, h)
-  const auto* b2 = static_cast<const Storage*>(p.b2);  // (d)
-  auto* saved = static_cast<Storage*>(p.saved);        // (N, h)
-  auto* hidden = static_cast<Storage*>(p.hidden);      // (N, h)
-  auto* out = static_cast<Storage*>(p.out);            // (N, d)
+  const auto* w1 = static_cast<const Stream*>(p.w1);  // (h, d)
+  const auto* b1 = static_cast<const Stream*>(p.b1);  // (h)
+  const auto* w2 = static_cast<const Stream*>(p.w2);  // (d, h)
+  const auto* b2 = static_cast<const Stream*>(p.b2);  // (d)
+  auto* saved = static_cast<Product*>(p.saved);       // (N, h)
+  auto* hidden = static_cast<Product*>(p.hidden);     // (N, h)
   Buffer<typename E::Operand> packed(std::max(Panels<E>::size(d, h), Panels<E>::size(h, d)));
 
-  const auto w1_t = pack<E>(Matrix<Storage>{w1, 1, d}, d, h, packed.get());
-  gemm(rows, d, Matrix<Storage>{x, d, 1}, w1_t, [=](int64_t i, int64_t j0, int64_t n, Sum* z) {
-    for_columns<Sum>(n, [&](int64_t c, auto part) {
-      const int64_t j = j0 + c;
-      const Vec<Sum> biased = load(z + c) + load(b1 + j, part);
-      if (activation != Activation::kRelu) store(saved + i * h + j, biased, part);
-      store(hidden + i * h + j, activate<activation, Sum>(biased), part);
+  const auto first = [&](const auto* x, const auto& map) {  // x (N, d)
+    const Matrix<std::remove_cvref_t<decltype(*x)> > a{x, d, 1};
+    const auto w1_t = pack_forward<E>(w1, h, d, packed.get());
+    dispatch_activation(p.problem.activation, [&](auto activation) {
+      constexpr Activation kActivation = activation();
+      const auto epilogue = [=](int64_t i, int64_t j0, int64_t n, Sum* z) {
+        for_columns<Sum>(n, [&](int64_t c, auto part) {
+          const int64_t at = i * h + j0 + c;
+          const Vec<Sum> biased = load(z + c) + load(b1 + j0 + c, part);
+          if (kActivation != Activation::kRelu) store(saved + at, biased, part);
+          store(hidden + at, activate<kActivation, Sum>(biased), part);
+        });
+      };
+      gemm(rows, d, a, w1_t, epilogue, map);
     });
-  });
+  };
+  const auto second = [&](const auto& epilogue) {
+    const auto w2_t = pack_forward<E>(w2, d, h, packed.get());
+    gemm(rows, h, Matrix<Product>{hidden, h, 1}, w2_t, epilogue);
+  };
 
-  const auto w2_t = pack<E>(Matrix<Storage>{w2, 1, h}, h, d, packed.get());
-  gemm(rows, h, Matrix<Storage>{hidden, h, 1}, w2_t, [=](int64_t i, int64_t j0, int64_t n, Sum* y) {
-    for_columns<Sum>(n, [&](int64_t c, auto part) {
-      const int64_t j = j0 + c;
-      store(out + i * d + j, load(y + c) + load(b2 + j, part), part);
-    });
-  });
+  if (p.norm.weight) {
+    const auto* x = static_cast<const Stream*>(p.x);
+    norm_statistics<Sum>(x, rows, d, p.norm);
+    first(x, Normalized<Stream>(p.norm));
+    second(add_to_residual<Sum>(static_cast<Stream*>(p.out), d, b2, x, p.dropout));
+  } else {
+    first(static_cast<const Product*>(p.x), Unchanged{});
+    second(store_to<Sum>(static_cast<Product*>(p.out), d, b2));
+  }
 }
 
 void ffn_forward(const FfnForward& p) {
-  dispatch_storage(p.problem.dtype, [&](auto zero) {
-    dispatch_activation(p.problem.activation, [&](auto activation) {
-      ffn_forward_typed<activation(), decltype(zero)>(p);
-    });
+  dispatch_precision(p.problem.precision, [&](auto stream, auto product) {
+    ffn_forward_typed<decltype(stream), decltype(product)>(p);
   });
 }
 

@@ -22,12 +22,9 @@ struct Elements {
   using Sum = T;
   static constexpr int kDepth = 1;  // elements of k a step
   GPT_EXT_INLINE static Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> sum) { return a * b + sum; }
-  // Steps of k from where k is contiguous, of which `count` elements exist; zeros beyond.
-  template <class Storage>
-  GPT_EXT_INLINE static Vec<T> load_steps(const Storage* p, int64_t count) {
-    return count >= kLanes<T> ? load(p) : load(p, count);
-  }
-  // Steps of k from where k is not: element e of the step lies in x[e].
+  // Steps of k from consecutive elements: x[0], then x[1].
+  GPT_EXT_INLINE static Vec<T> pair_up(const Vec<T> (&x)[1]) { return x[0]; }
+  // Steps of k whose element e lies in x[e].
   GPT_EXT_INLINE static Vec<T> join(const Vec<T> (&x)[1]) { return x[0]; }
 };
 
@@ -39,10 +36,10 @@ struct Bf16Pairs {
   GPT_EXT_INLINE static Vec<float> multiply_add(Vec<uint32_t> a, Vec<uint32_t> b, Vec<float> sum) {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
-  GPT_EXT_INLINE static Vec<uint32_t> load_steps(const bf16* p, int64_t count) {
-    Vec<uint32_t> x{};
-    std::memcpy(&x, p, static_cast<size_t>(std::min<int64_t>(count, 2 * kLanes<float>)) * 2);
-    return x;
+  GPT_EXT_INLINE static Vec<uint32_t> pair_up(const Vec<float> (&x)[2]) {
+    bf16 halves[2 * kLanes<float>];
+    for (int e = 0; e < 2; ++e) store(halves + e * kLanes<float>, x[e]);
+    return std::bit_cast<Vec<uint32_t>>(halves);
   }
   GPT_EXT_INLINE static Vec<uint32_t> join(const Vec<float> (&x)[2]) {
     return round_to_bf16(x[0]) | round_to_bf16(x[1]) << 16;
@@ -61,6 +58,15 @@ template <class T>
 struct Matrix {
   const T* data;
   int64_t row, column;
+};
+
+// What a product makes of a matrix's elements where it packs them: map(x, i, j, part) is given the
+// elements x from column j on of row i of the matrix as it lies in memory, row by row.
+struct Unchanged {
+  template <class V, class Part>
+  GPT_EXT_INLINE V operator()(V x, int64_t, int64_t, Part) const {
+    return x;
+  }
 };
 
 template <class E>
@@ -87,64 +93,86 @@ struct Panels {
   Operand* panel(int64_t p) const { return data + p * kWidth * steps; }
 };
 
-// Steps of k where n is contiguous in x (depth, columns): out (steps, out_row), rows padded with
-// zeros to whole vectors. map is applied to each vector.
+// Steps [k, k + steps) of columns [n, n + columns) of x (depth, .), where n is contiguous, to out
+// (steps, out_row); rows are padded with zeros to whole vectors.
 template <class E, class Storage, class Map>
-void join_rows(Matrix<Storage> x, int64_t depth, int64_t columns, int64_t steps,
-               typename E::Operand* out, int64_t out_row, const Map& map) {
+void join_rows(Matrix<Storage> x, int64_t depth, int64_t k, int64_t steps, int64_t n,
+               int64_t columns, typename E::Operand* out, int64_t out_row, const Map& map) {
   using Sum = typename E::Sum;
-  for (int64_t k = 0; k < steps; ++k)
-    for_columns<Sum>(columns, [&](int64_t n, auto part) {
+  for (int64_t s = 0; s < steps; ++s)
+    for_columns<Sum>(columns, [&](int64_t j, auto part) {
       Vec<Sum> elements[E::kDepth] = {};
-      for (int e = 0; e < E::kDepth; ++e)
-        if (k * E::kDepth + e < depth)
-          elements[e] = map(load(x.data + (k * E::kDepth + e) * x.row + n, part));
-      store(out + k * out_row + n, E::join(elements));
+      for (int e = 0; e < E::kDepth; ++e) {
+        const int64_t row = (k + s) * E::kDepth + e;
+        if (row < depth)
+          elements[e] = map(load(x.data + row * x.row + n + j, part), row, n + j, part);
+      }
+      store(out + s * out_row + j, E::join(elements));
     });
 }
 
-// Steps of k where k is contiguous in x (depth, columns): out (steps, out_row), transposed a square
-// at a time, rows padded with zeros to whole vectors.
-template <class E, class Storage>
-void transpose_columns(Matrix<Storage> x, int64_t depth, int64_t columns, int64_t steps,
-                       typename E::Operand* out, int64_t out_row) {
+// Steps of k from where they are contiguous: the elements from column j on of row i, in memory, of
+// a matrix with `columns` columns; zeros beyond.
+template <class E, class Storage, class Map>
+GPT_EXT_INLINE Vec<typename E::Operand> load_steps(const Storage* row, int64_t i, int64_t j,
+                                                   int64_t columns, const Map& map) {
+  using Sum = typename E::Sum;
+  Vec<Sum> x[E::kDepth] = {};
+  for (int e = 0; e < E::kDepth; ++e, j += kLanes<Sum>) {
+    if (j + kLanes<Sum> <= columns)
+      x[e] = map(load(row + j), i, j, Whole{});
+    else if (j < columns)
+      x[e] = map(load(row + j, columns - j), i, j, columns - j);
+  }
+  return E::pair_up(x);
+}
+
+// As join_rows, where k is contiguous: transposed a square at a time.
+template <class E, class Storage, class Map>
+void transpose_columns(Matrix<Storage> x, int64_t depth, int64_t k, int64_t steps, int64_t n,
+                       int64_t columns, typename E::Operand* out, int64_t out_row, const Map& map) {
   using Operand = typename E::Operand;
   constexpr int64_t kSide = kLanes<Operand>;
-  for (int64_t n = 0; n < columns; n += kSide)
-    for (int64_t k = 0; k < steps; k += kSide) {
+  for (int64_t j = 0; j < columns; j += kSide)
+    for (int64_t s = 0; s < steps; s += kSide) {
       Vec<Operand> square[kSide] = {};
-      for (int64_t i = 0; i < std::min(kSide, columns - n); ++i)
-        square[i] =
-            E::load_steps(x.data + k * E::kDepth + (n + i) * x.column, depth - k * E::kDepth);
+      for (int64_t i = 0; i < std::min(kSide, columns - j); ++i)
+        square[i] = load_steps<E>(x.data + (n + j + i) * x.column, n + j + i, (k + s) * E::kDepth,
+                                  depth, map);
       transpose<Operand>(square);
-      for (int64_t i = 0; i < std::min(kSide, steps - k); ++i)
-        store(out + (k + i) * out_row + n, square[i]);
+      for (int64_t i = 0; i < std::min(kSide, steps - s); ++i)
+        store(out + (s + i) * out_row + j, square[i]);
     }
 }
 
-struct Unchanged {
-  template <class V>
-  GPT_EXT_INLINE V operator()(V x) const {
-    return x;
-  }
-};
-
 // Packs panel p of B (depth, columns).
-template <class E, class Storage>
-void pack_panel(const Panels<E>& panels, int64_t p, Matrix<Storage> b, int64_t depth) {
+template <class E, class Storage, class Map = Unchanged>
+__attribute__((noinline)) void pack_panel(const Panels<E>& panels, int64_t p, Matrix<Storage> b,
+                                          int64_t depth, const Map& map = {}) {
   const int64_t first = p * panels.kWidth, width = panels.width(p);
   const int64_t columns = std::min(width, panels.columns - first);
-  const Matrix<Storage> x{b.data + first * b.column, b.row, b.column};
   if (b.column == 1)
-    join_rows<E>(x, depth, columns, panels.steps, panels.panel(p), width, Unchanged{});
+    join_rows<E>(b, depth, 0, panels.steps, first, columns, panels.panel(p), width, map);
   else
-    transpose_columns<E>(x, depth, columns, panels.steps, panels.panel(p), width);
+    transpose_columns<E>(b, depth, 0, panels.steps, first, columns, panels.panel(p), width, map);
 }
+
+// A as the micro-kernel reads it: element (i, k) lies at data[i / 6 * tile + i % 6 * row +
+// k * column], 6 being kTileRows.
+template <class T>
+struct Tiles {
+  const T* data;
+  int64_t tile, row, column;
+
+  Tiles(const T* data, int64_t tile, int64_t row, int64_t column)
+      : data(data), tile(tile), row(row), column(column) {}
+  Tiles(Matrix<T> a) : Tiles(a.data, kTileRows * a.row, a.row, a.column) {}  // a as it is
+};
 
 // c (rows <= 6, kVectors vectors) = or += a (rows, steps) panel (steps, width = kVectors vectors).
 // Rows past the last repeat it, so that the loop has one shape.
 template <class E, int kVectors>
-GPT_EXT_INLINE void micro_kernel(int64_t rows, int64_t steps, Matrix<typename E::Operand> a,
+GPT_EXT_INLINE void micro_kernel(int64_t rows, int64_t steps, Tiles<typename E::Operand> a,
                                  const typename E::Operand* panel, typename E::Sum* c,
                                  int64_t c_row, bool accumulate) {
   using Sum = typename E::Sum;
@@ -184,7 +212,7 @@ struct AllSteps {
 // is the range of k that matters to the tile of rows [i, i_end) from column j on; empty: the tile
 // is left alone. That is how causal attention skips what lies above the diagonal.
 template <class E, class StepsOf>
-__attribute__((noinline)) void multiply(int64_t rows, Matrix<typename E::Operand> a,
+__attribute__((noinline)) void multiply(int64_t rows, Tiles<typename E::Operand> a,
                                         const Panels<E>& b, typename E::Sum* c, int64_t c_row,
                                         bool accumulate, const StepsOf& steps_of) {
   for (int64_t p = 0; p < b.count(); ++p) {
@@ -193,8 +221,8 @@ __attribute__((noinline)) void multiply(int64_t rows, Matrix<typename E::Operand
       const int64_t tile_rows = std::min<int64_t>(kTileRows, rows - i);
       const Steps k = steps_of(i, i + tile_rows, column);
       if (k.begin >= k.end) continue;
-      const Matrix<typename E::Operand> tile{a.data + i * a.row + k.begin * a.column, a.row,
-                                             a.column};
+      const Tiles<typename E::Operand> tile{a.data + i / kTileRows * a.tile + k.begin * a.column,
+                                            a.tile, a.row, a.column};
       const auto run = [&]<int kVectors>() __attribute__((always_inline)) {
         micro_kernel<E, kVectors>(tile_rows, k.end - k.begin, tile, b.panel(p) + k.begin * width,
                                   c + i * c_row + column, c_row, accumulate);
@@ -218,83 +246,165 @@ constexpr int64_t kBlockRows = 96, kBlockColumns = 256, kBlockSteps = 256;
 static_assert(kBlockRows % kTileRows == 0);
 static_assert(kBlockColumns % kTileColumns<float> == 0);
 
+// How many blocks of at most `largest`, and how long each is: equal but for rounding to `unit`, so
+// that the last one is no stump.
+struct Split {
+  int64_t count, size;
+};
+inline Split split(int64_t n, int64_t largest, int64_t unit) {
+  const int64_t blocks = std::max<int64_t>(1, (n + largest - 1) / largest);
+  const int64_t size = ((n + blocks - 1) / blocks + unit - 1) / unit * unit;
+  return {size ? (n + size - 1) / size : 0, size};
+}
+
+// Blocks of C, a task each: smaller ones where there would be fewer than 8 tasks a thread, so that
+// no thread waits long for the last; not below 24 rows, nor 64 columns, which repay packing.
+inline std::pair<Split, Split> blocks_of_c(int64_t rows, int64_t columns, int64_t panel) {
+  int64_t m = kBlockRows, n = kBlockColumns;
+  panel = std::max<int64_t>(panel, 4);
+  const int64_t wanted = 8 * max_threads();
+  while (split(rows, m, kTileRows).count * split(columns, n, panel).count < wanted) {
+    if (m > 48)
+      m /= 2;
+    else if (n > 64)
+      n /= 2;
+    else if (m > 24)
+      m /= 2;
+    else
+      break;
+  }
+  return {split(rows, m, kTileRows), split(columns, n, panel)};
+}
+
 // Packs B (depth, columns), one of whose strides is 1, into `memory` of Panels<E>::size elements.
-template <class E, class Storage>
-Panels<E> pack(Matrix<Storage> b, int64_t depth, int64_t columns, typename E::Operand* memory) {
+template <class E, class Storage, class Map = Unchanged>
+Panels<E> pack(Matrix<Storage> b, int64_t depth, int64_t columns, typename E::Operand* memory,
+               const Map& map = {}) {
   const Panels<E> panels{memory, columns, steps_of_depth<E>(depth)};
   parallel_for(panels.count(), 0,
-               [&](int64_t p, std::byte*) { pack_panel<E>(panels, p, b, depth); });
+               [&](int64_t p, std::byte*) { pack_panel<E>(panels, p, b, depth, map); });
   return panels;
 }
 
-// Rows [i0, i0 + rows) and steps [k0, k0 + steps) of A (., depth) as operands: A itself where it
-// will do, else a copy in `memory` (rows x steps, each padded to whole vectors) whose contiguous
-// dim is A's.
+// Steps of a matrix whose rows are contiguous lie pages apart, where no hardware prefetcher
+// follows.
+constexpr int64_t kPrefetchSteps = 16;
+template <class E, class Storage>
+GPT_EXT_INLINE void prefetch_rows(Matrix<Storage> a, int64_t i0, int64_t rows, int64_t step,
+                                  int64_t depth) {
+  constexpr int64_t kCacheLine = 64 / sizeof(Storage);
+  for (int64_t k = step * E::kDepth; k < std::min((step + 1) * E::kDepth, depth); ++k)
+    for (int64_t i = 0; i < rows; i += kCacheLine)
+      __builtin_prefetch(a.data + k * a.column + i0 + i);
+}
+
+// Rows [i0, i0 + rows) and steps [k0, k0 + steps) of A (., depth) as tiles: A itself where it will
+// do, else a copy in `memory`. Where rows are contiguous in A, a tile's copy is [step][6]: one
+// stream, where A has a cache line a step.
 template <class E, class Storage, class Map>
-Matrix<typename E::Operand> operand_block(Matrix<Storage> a, int64_t i0, int64_t rows, int64_t k0,
-                                          int64_t steps, int64_t depth, typename E::Operand* memory,
-                                          const Map& map) {
+__attribute__((noinline)) Tiles<typename E::Operand> pack_tiles(Matrix<Storage> a, int64_t i0,
+                                                                int64_t rows, int64_t k0,
+                                                                int64_t steps, int64_t depth,
+                                                                typename E::Operand* memory,
+                                                                const Map& map) {
   using Operand = typename E::Operand;
-  const int64_t first = k0 * E::kDepth, left = depth - first;
-  const Storage* block = a.data + i0 * a.row + first * a.column;
-  if (a.column != 1 || a.row == 1) {  // both are 1 where a dim is: this path alone applies map
-    const int64_t padded = round_up<Operand>(rows);
-    join_rows<E>(Matrix<Storage>{block, a.column, 1}, left, rows, steps, memory, padded, map);
-    return {memory, 1, padded};
+  if (a.column != 1) {
+    // A step is stored in whole vectors; what lies beyond its 6 elements the next one overwrites.
+    constexpr int64_t kWhole = round_up<Operand>(kTileRows);
+    const int64_t tile = kTileRows * steps + kWhole;
+    for (int64_t s = 0; s < steps; ++s) {
+      prefetch_rows<E>(a, i0, rows, k0 + s + kPrefetchSteps, depth);
+      for (int64_t i = 0; i < rows; i += kTileRows)
+        join_rows<E>(Matrix<Storage>{a.data, a.column, 1}, depth, k0 + s, 1, i0 + i,
+                     i + kWhole <= rows ? kWhole : std::min<int64_t>(kTileRows, rows - i),
+                     memory + i / kTileRows * tile + s * kTileRows, 0, map);
+    }
+    return {memory, tile, 1, kTileRows};
   }
-  if constexpr (std::is_same_v<Storage, Operand>) {
-    return {block, a.row, 1};
+  if constexpr (std::is_same_v<Storage, Operand> && std::is_same_v<Map, Unchanged>) {
+    return Matrix<Operand>{a.data + i0 * a.row + k0, a.row, 1};
   } else {
     const int64_t padded = round_up<Operand>(steps);
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t k = 0; k < steps; k += kLanes<Operand>)
-        store(memory + i * padded + k,
-              E::load_steps(block + i * a.row + k * E::kDepth, left - k * E::kDepth));
-    return {memory, padded, 1};
+      for (int64_t s = 0; s < steps; s += kLanes<Operand>)
+        store(memory + i * padded + s,
+              load_steps<E>(a.data + (i0 + i) * a.row, i0 + i, (k0 + s) * E::kDepth, depth, map));
+    return Matrix<Operand>{memory, padded, 1};
   }
 }
 
-// C (rows, b.columns) = A (rows, depth) B: epilogue(i, j, n, c) gets columns [j, j + n) of row i,
-// in c[0, n), to write them where and as it likes; c is padded to whole vectors. One of A's strides
-// is 1. map is applied to A's elements where A is read by columns.
-template <class E, class Storage, class Epilogue, class Map = Unchanged>
-void gemm(int64_t rows, int64_t depth, Matrix<Storage> a, const Panels<E>& b,
-          const Epilogue& epilogue, const Map& map = {}) {
+// A call through a pointer: it compiles gemm's loops once, not once a caller.
+template <class Result, class... Arguments>
+struct Callback {
+  const void* object;
+  Result (*function)(const void*, Arguments...);
+
+  template <class F>
+  Callback(const F& f)
+      : object(&f), function([](const void* object, Arguments... arguments) {
+          return (*static_cast<const F*>(object))(arguments...);
+        }) {}
+  Result operator()(Arguments... arguments) const { return function(object, arguments...); }
+};
+
+// tiles(i0, rows, k0, steps, memory): A's block, as pack_tiles gives it.
+template <class E>
+using TilesOfBlock =
+    Callback<Tiles<typename E::Operand>, int64_t, int64_t, int64_t, int64_t, typename E::Operand*>;
+// epilogue(i, j, n, c) gets columns [j, j + n) of row i of C, in c[0, n), to write them where and
+// as it likes; j is a multiple of 4 and c is padded to whole vectors.
+template <class E>
+using Epilogue = Callback<void, int64_t, int64_t, int64_t, typename E::Sum*>;
+
+template <class E>
+__attribute__((noinline)) void gemm_blocks(int64_t rows, const Panels<E>& b,
+                                           const TilesOfBlock<E>& tiles,
+                                           const Epilogue<E>& epilogue) {
   using Operand = typename E::Operand;
   using Sum = typename E::Sum;
-  const int64_t row_blocks = (rows + kBlockRows - 1) / kBlockRows;
-  const int64_t column_blocks = (b.columns + kBlockColumns - 1) / kBlockColumns;
-  // K in equal blocks, so that the last one is no stump.
-  const int64_t step_blocks = (b.steps + kBlockSteps - 1) / kBlockSteps;
-  const int64_t block_steps = step_blocks ? (b.steps + step_blocks - 1) / step_blocks : 0;
+  // Sums must not depend on how many threads there are: only the blocks of C may.
+  const Split k_blocks = split(b.steps, kBlockSteps, 1);
+  const auto [row_blocks, column_blocks] = blocks_of_c(rows, b.columns, b.kWidth);
+  const int64_t block_size = row_blocks.size * column_blocks.size;
   const auto carve = [&](std::byte* memory) {
     Carver carver(memory);
-    auto* c = carver.take<Sum>(kBlockRows * kBlockColumns);
-    auto* a_block =
-        carver.take<Operand>(round_up<Operand>(kBlockRows) * round_up<Operand>(block_steps));
-    return std::tuple{c, a_block, carver.used()};
+    auto* c = carver.take<Sum>(block_size);
+    auto* a = carver.take<Operand>(row_blocks.size *
+                                   (round_up<Operand>(k_blocks.size) + kLanes<Operand>));
+    return std::tuple{c, a, carver.used()};
   };
-  parallel_for(row_blocks * column_blocks, std::get<2>(carve(nullptr)),
+  parallel_for(row_blocks.count * column_blocks.count, std::get<2>(carve(nullptr)),
                [&](int64_t task, std::byte* memory) {
-                 auto [c, a_block, used] = carve(memory);
-                 const int64_t i0 = task / column_blocks * kBlockRows,
-                               j0 = task % column_blocks * kBlockColumns;
-                 const int64_t m = std::min(kBlockRows, rows - i0),
-                               n = std::min(kBlockColumns, b.columns - j0);
-                 if (b.steps == 0) std::fill_n(c, kBlockRows * kBlockColumns, Sum(0));
-                 for (int64_t k0 = 0; k0 < b.steps; k0 += block_steps) {
-                   const int64_t steps = std::min(block_steps, b.steps - k0);
-                   const Matrix<Operand> block =
-                       operand_block<E>(a, i0, m, k0, steps, depth, a_block, map);
+                 const auto [c, a, used] = carve(memory);
+                 const int64_t i0 = task / column_blocks.count * row_blocks.size,
+                               j0 = task % column_blocks.count * column_blocks.size;
+                 const int64_t m = std::min(row_blocks.size, rows - i0),
+                               n = std::min(column_blocks.size, b.columns - j0);
+                 if (b.steps == 0) std::fill_n(c, block_size, Sum(0));
+                 for (int64_t k0 = 0; k0 < b.steps; k0 += k_blocks.size) {
+                   const int64_t steps = std::min(k_blocks.size, b.steps - k0);
+                   const auto block = tiles(i0, m, k0, steps, a);
                    for (int64_t p = j0 / b.kWidth; p * b.kWidth < j0 + n; ++p) {
                      const Panels<E> panel{b.panel(p) + k0 * b.width(p),
                                            std::min(b.kWidth, b.columns - p * b.kWidth), steps};
-                     multiply<E>(m, block, panel, c + p * b.kWidth - j0, kBlockColumns, k0 > 0,
+                     multiply<E>(m, block, panel, c + p * b.kWidth - j0, column_blocks.size, k0 > 0,
                                  AllSteps{steps});
                    }
                  }
-                 for (int64_t i = 0; i < m; ++i) epilogue(i0 + i, j0, n, c + i * kBlockColumns);
+                 for (int64_t i = 0; i < m; ++i)
+                   epilogue(i0 + i, j0, n, c + i * column_blocks.size);
                });
+}
+
+// C (rows, b.columns) = map(A) (rows, depth) B. One of A's strides is 1.
+template <class E, class Storage, class Map = Unchanged>
+void gemm(int64_t rows, int64_t depth, Matrix<Storage> a, const Panels<E>& b,
+          const std::type_identity_t<Epilogue<E>>& epilogue, const Map& map = {}) {
+  const auto tiles = [&](int64_t i0, int64_t m, int64_t k0, int64_t steps,
+                         typename E::Operand* memory) {
+    return pack_tiles<E>(a, i0, m, k0, steps, depth, memory, map);
+  };
+  gemm_blocks<E>(rows, b, tiles, epilogue);
 }
 
 }  // namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL

@@ -3,7 +3,10 @@
 // clang-format off
 #include "cpu/simd.h"
 #include "cpu/math.h"
+#include "cpu/dropout.h"
 #include "cpu/gemm.h"
+#include "cpu/norm.h"
+#include "cpu/linear.h"
 #include "cpu/attention.h"
 #include GPT_EXT_KERNEL_FILE
 // clang-format on

@@ -1,6 +1,8 @@
 // Work shared among OpenMP threads. Torch uses the same libgomp, so torch.set_num_threads rules.
 #pragma once
 
+#include <omp.h>
+
 #include <cstdint>
 #include <exception>
 
@@ -18,6 +20,8 @@ inline std::byte* thread_scratch(size_t bytes) {
   }
   return scratch.get();
 }
+
+inline int max_threads() { return omp_get_max_threads(); }
 
 // Calls work(task, scratch) for every task in [0, tasks), in any order, on any thread; scratch is
 // the thread's own `scratch_bytes`. What a task computes must not depend on who runs it, or when.

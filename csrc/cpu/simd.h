@@ -93,6 +93,17 @@ GPT_EXT_INLINE void store(Storage* p, V x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = all[i];
 }
 
+// x where the part of the vector exists, `rest` beyond.
+template <class T, class V>
+GPT_EXT_INLINE V keep_part(V x, Whole, T = 0) {
+  return x;
+}
+template <class T, class V>
+GPT_EXT_INLINE V keep_part(V x, int64_t count, T rest = 0) {
+  for (int64_t i = count; i < kLanes<T>; ++i) x[i] = rest;
+  return x;
+}
+
 // Rows of 42 float32 end in part of a vector, everywhere; x86 loads and stores it under a mask.
 #if defined(__x86_64__) && GPT_EXT_VECTOR_BYTES == 32
 GPT_EXT_INLINE __m256i first_elements(int64_t count) {
@@ -103,7 +114,19 @@ GPT_EXT_INLINE Vec<float> load(const float* p, int64_t count) {
   return (Vec<float>)_mm256_maskload_ps(p, first_elements(count));
 }
 GPT_EXT_INLINE void store(float* p, Vec<float> x, int64_t count) {
-  _mm256_maskstore_ps(p, first_elements(count), (__m256)x);
+  // 4, 2 and 1 elements: a store under a mask is microcode on AMD.
+  __m128 rest = _mm256_castps256_ps128((__m256)x);
+  if (count & 4) {
+    _mm_storeu_ps(p, rest);
+    rest = _mm256_extractf128_ps((__m256)x, 1);
+    p += 4;
+  }
+  if (count & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), rest);
+    rest = _mm_movehl_ps(rest, rest);
+    p += 2;
+  }
+  if (count & 1) _mm_store_ss(p, rest);
 }
 #elif defined(__x86_64__) && GPT_EXT_VECTOR_BYTES == 64
 GPT_EXT_INLINE Vec<float> load(const float* p, int64_t count) {

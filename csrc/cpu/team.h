@@ -66,10 +66,7 @@ struct Rank {
   }
 };
 
-// The most ranks that run_team will make.
-inline int largest_team() { return omp_get_max_threads(); }
-
-// Calls work(rank) on every thread of a team; work must not throw.
+// Calls work(rank) on every thread of a team of at most max_threads(); work must not throw.
 template <class Work>
 void run_team(const Work& work) {
   Barrier barrier;

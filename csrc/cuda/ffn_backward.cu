@@ -3,6 +3,7 @@
 //   dW2 = dout^T act(z),     db2 = sum of dout's rows.
 // The derivative is fused into the first product's epilogue, act(z) into the load of dW2's operand.
 #include "cuda/activation.cuh"
+#include "cuda/ffn.cuh"
 #include "cuda/gemm.cuh"
 
 namespace gpt_ext::cuda {
@@ -70,10 +71,10 @@ void column_sums(Cuda backend, const char* name, void* sums, const void* matrix,
 namespace gpt_ext {
 
 void ffn_backward(Cuda backend, const FfnBackward& p) {
-  cuda::dispatch_dtype(p.problem.dtype, [&](auto element) {
+  cuda::dispatch_dtype(cuda::checked_dtype(p), [&](auto element) {
     using T = typename decltype(element)::type;
     using cuda::Layout, cuda::Store;
-    const auto [dtype, activation, rows, d, h] = p.problem;
+    const auto [precision, activation, rows, d, h] = p.problem;
     const cuda::Matrix<T> dout{static_cast<const T*>(p.dout), d, rows, d};
     const cuda::Matrix<T> x{static_cast<const T*>(p.x), d, rows, d};
     const cuda::Matrix<T> w1{static_cast<const T*>(p.w1), d, h, d};

@@ -1,6 +1,7 @@
 // The feed-forward network, forward: two products, the activation in the first one's epilogue.
 //   hidden = act(x W1^T + b1),  out = hidden W2^T + b2
 #include "cuda/activation.cuh"
+#include "cuda/ffn.cuh"
 #include "cuda/gemm.cuh"
 
 namespace gpt_ext::cuda {
@@ -24,9 +25,9 @@ struct StoreActivated {  // z = C + bias: hidden = act(z), and z itself where ba
 namespace gpt_ext {
 
 void ffn_forward(Cuda backend, const FfnForward& p) {
-  cuda::dispatch_dtype(p.problem.dtype, [&](auto element) {
+  cuda::dispatch_dtype(cuda::checked_dtype(p), [&](auto element) {
     using T = typename decltype(element)::type;
-    const auto [dtype, activation, rows, d, h] = p.problem;
+    const auto [precision, activation, rows, d, h] = p.problem;
     const cuda::Matrix<T> x{static_cast<const T*>(p.x), d, rows, d};
     const cuda::Matrix<T> w1{static_cast<const T*>(p.w1), d, h, d};
     const cuda::Matrix<T> w2{static_cast<const T*>(p.w2), h, d, h};

@@ -1,11 +1,13 @@
 // The feed-forward network of a decoder block, the contract:
-//   z = x W1^T + b1,  out = act(z) W2^T + b2
-// with x (N, d), W1 (h, d), b1 (h), W2 (d, h), b2 (d); every tensor contiguous and of one dtype.
+//   ffn(x) = act(z) W2^T + b2,  z = x W1^T + b1
+// with x (N, d), W1 (h, d), b1 (h), W2 (d, h), b2 (d), all contiguous. In one of two forms:
+//   without a norm   out = ffn(x)
+//   with a norm      out = x + dropout(ffn(norm(x))), the sub-layer of a pre-norm block; CPU only
 #pragma once
 
 #include <cstdint>
 
-#include "ops/backend.h"
+#include "ops/linear.h"
 
 namespace gpt_ext {
 
@@ -16,24 +18,29 @@ enum class Activation {
 };
 
 struct FfnProblem {
-  DType dtype;
+  Precision precision;
   Activation activation;
   int64_t rows, model_dim, hidden_dim;  // N, d, h; all >= 0
 };
 
 struct FfnForward {
-  void* out;     // (N, d)
-  void* saved;   // (N, h), for backward: act(z) for kRelu, whose sign is z's; z for the GELUs
-  void* hidden;  // (N, h) act(z); for kRelu the same memory as saved, for the GELUs scratch
-  const void *x, *w1, *b1, *w2, *b2;
+  void* out;     // (N, d), of x's dtype
+  void* saved;   // (N, h), product, for backward: act(z) for kRelu, whose sign is z's; z for GELUs
+  void* hidden;  // (N, h), product, act(z); for kRelu the memory of saved, for the GELUs scratch
+  const void *x, *w1, *b1, *w2, *b2;  // x: stream with a norm, else product; parameters: stream
+  LayerNorm norm;
+  Dropout dropout;  // with a norm
   FfnProblem problem;
 };
 
 struct FfnBackward {
-  void *dx, *dw1, *db1, *dw2, *db2;  // shaped like x, w1, b1, w2, b2; null where not wanted
-  void* dz;                          // scratch (N, h)
-  const void *dout, *x, *w1, *w2;    // dout (N, d)
+  void *dx, *dw1, *db1, *dw2, *db2;  // like x, w1, b1, w2, b2; null where not wanted
+  void *dnorm_weight, *dnorm_bias;   // (d), likewise
+  void* dz;                          // scratch (N, h), product
+  const void *dout, *x, *w1, *w2;    // dout (N, d), of x's dtype
   const void* saved;                 // what forward saved
+  LayerNorm norm;
+  Dropout dropout;
   FfnProblem problem;
 };
 

@@ -3,62 +3,56 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <functional>
-#include <numeric>
 #include <tuple>
 
-#include "torch/tensor.h"
+#include "torch/fused.h"
 
 namespace gpt_ext::binding {
 namespace {
 
-using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-void check_operand(const Tensor& tensor, const char* name, const Tensor& x, const Shape& shape) {
-  check_device(tensor, name, x);
-  check_type(tensor, name, x.scalar_type());
-  check_shape(tensor, name, shape);
-  check_contiguous(tensor, name);
-}
-
-// x's shape with its last dim, d, replaced.
-Shape with_last_dim(const Tensor& x, int64_t size) {
-  Shape shape = shape_of(x);
-  shape.back() = size;
-  return shape;
-}
+using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class Backend>
 FfnProblem checked_problem(const Tensor& x, const Tensor& w1, const Tensor& w2,
-                           int64_t activation) {
-  const DType dtype = dtype_of<Backend>(x, "x");
-  check(x.dim() >= 1, "x has shape (), expected (..., d)");
-  check_contiguous(x, "x");
+                           const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+                           double dropout_p, int64_t activation, Types types) {
+  const Precision precision = checked_precision<Backend>(w1, "w1", types);
   check_rank(w1, "w1", 2, "(h, d)");
-  const Shape shape = shape_of(x);
-  const int64_t rows =
-      std::accumulate(shape.begin(), shape.end() - 1, int64_t{1}, std::multiplies<>());
-  const int64_t model_dim = shape.back(), hidden_dim = w1.size(0);
-  check_operand(w1, "w1", x, {hidden_dim, model_dim});
-  check_operand(w2, "w2", x, {model_dim, hidden_dim});
+  check_contiguous(w1, "w1");
+  const int64_t hidden_dim = w1.size(0), model_dim = w1.size(1);
+  const Shape leading = leading_dims(x);
+  check_operand(x, "x", w1, types.of_rows(norm_weight), with_last_dim(leading, model_dim));
+  check_operand(w2, "w2", w1, types.stream, {model_dim, hidden_dim});
+  check_norm(norm_weight, norm_bias, w1, model_dim);
+  check(norm_weight || dropout_p == 0, "dropout_p is ", dropout_p, ", expected 0 without a norm");
   check(0 <= activation && activation <= static_cast<int64_t>(Activation::kGeluTanh),
         "activation is ", activation, ", expected 0 (relu), 1 (gelu) or 2 (gelu_tanh)");
-  return {dtype, static_cast<Activation>(activation), rows, model_dim, hidden_dim};
+  return {precision, static_cast<Activation>(activation), product_of(leading), model_dim,
+          hidden_dim};
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, const Tensor& b1,
-                                   const Tensor& w2, const Tensor& b2, int64_t activation) {
-  const auto problem = checked_problem<Backend>(x, w1, w2, activation);
-  check_operand(b1, "b1", x, {problem.hidden_dim});
-  check_operand(b2, "b2", x, {problem.model_dim});
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, const Tensor& b1,
+                                           const Tensor& w2, const Tensor& b2,
+                                           const OptionalTensor& norm_weight,
+                                           const OptionalTensor& norm_bias, double norm_eps,
+                                           int64_t activation, double dropout_p,
+                                           const OptionalTensor& dropout_seed, ScalarType product) {
+  const Types types{w1.scalar_type(), product};
+  const auto problem =
+      checked_problem<Backend>(x, w1, w2, norm_weight, norm_bias, dropout_p, activation, types);
+  check_operand(b1, "b1", w1, types.stream, {problem.hidden_dim});
+  check_operand(b2, "b2", w1, types.stream, {problem.model_dim});
+  const Dropout dropout{dropout_p, checked_dropout_seed(dropout_p, dropout_seed, w1)};
 
   const OnDevice<Backend> device(x);
-  Tensor out = new_empty(x, shape_of(x), x.scalar_type());
-  Tensor saved = new_empty(x, with_last_dim(x, problem.hidden_dim), x.scalar_type());
-  Tensor hidden = problem.activation == Activation::kRelu
-                      ? saved
-                      : new_empty(x, with_last_dim(x, problem.hidden_dim), x.scalar_type());
+  const Shape hidden_shape = with_last_dim(leading_dims(x), problem.hidden_dim);
+  const Tensor out = new_empty(x, shape_of(x), x.scalar_type());
+  const Tensor saved = new_empty(x, hidden_shape, types.product);
+  const Tensor hidden =
+      problem.activation == Activation::kRelu ? saved : new_empty(x, hidden_shape, types.product);
+  const Tensor statistics =
+      new_empty(x, statistics_shape(norm_weight, x), accumulation_type(problem.precision.stream));
   ffn_forward(device.backend, {.out = out.mutable_data_ptr(),
                                .saved = saved.mutable_data_ptr(),
                                .hidden = hidden.mutable_data_ptr(),
@@ -67,44 +61,57 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, const Tens
                                .b1 = b1.const_data_ptr(),
                                .w2 = w2.const_data_ptr(),
                                .b2 = b2.const_data_ptr(),
+                               .norm = norm_of(norm_weight, norm_bias, norm_eps, statistics),
+                               .dropout = dropout,
                                .problem = problem});
-  return {out, saved};
+  return {out, saved, statistics};
 }
 
 template <class Backend>
-FiveTensors backward(const Tensor& dout, const Tensor& x, const Tensor& w1, const Tensor& w2,
-                     const Tensor& saved, int64_t activation, const std::vector<bool>& wanted) {
-  const auto problem = checked_problem<Backend>(x, w1, w2, activation);
-  check_operand(dout, "dout", x, shape_of(x));
-  check_operand(saved, "saved", x, with_last_dim(x, problem.hidden_dim));
-  check(wanted.size() == 5, "wanted has ", wanted.size(), " flags, expected 5");
+SevenTensors backward(const Tensor& dout, const Tensor& x, const Tensor& w1, const Tensor& w2,
+                      const Tensor& saved, const OptionalTensor& norm_weight,
+                      const OptionalTensor& norm_bias, const Tensor& statistics, int64_t activation,
+                      double dropout_p, const OptionalTensor& dropout_seed,
+                      const std::vector<bool>& wanted) {
+  const Types types{w1.scalar_type(), saved.scalar_type()};
+  const auto problem =
+      checked_problem<Backend>(x, w1, w2, norm_weight, norm_bias, dropout_p, activation, types);
+  const Shape hidden_shape = with_last_dim(leading_dims(x), problem.hidden_dim);
+  check_operand(dout, "dout", x, x.scalar_type(), shape_of(x));
+  check_operand(saved, "saved", x, types.product, hidden_shape);
+  const Dropout dropout{dropout_p, checked_dropout_seed(dropout_p, dropout_seed, w1)};
+  check_operand(statistics, "statistics", x, accumulation_type(problem.precision.stream),
+                statistics_shape(norm_weight, x));
+  const LayerNorm norm = norm_of(norm_weight, norm_bias, 0, statistics);
 
   const OnDevice<Backend> device(x);
-  const auto gradient = [&](size_t i, const Shape& shape) {
-    return new_empty(x, wanted[i] ? shape : Shape{0}, x.scalar_type());
-  };
-  const auto pointer = [&](size_t i, const Tensor& grad) {
-    return wanted[i] ? grad.mutable_data_ptr() : nullptr;
-  };
-  Tensor dx = gradient(0, shape_of(x));
-  Tensor dw1 = gradient(1, shape_of(w1));
-  Tensor db1 = gradient(2, {problem.hidden_dim});
-  Tensor dw2 = gradient(3, shape_of(w2));
-  Tensor db2 = gradient(4, {problem.model_dim});
-  Tensor dz = new_empty(x, shape_of(saved), x.scalar_type());
-  ffn_backward(device.backend, {.dx = pointer(0, dx),
-                                .dw1 = pointer(1, dw1),
-                                .db1 = pointer(2, db1),
-                                .dw2 = pointer(3, dw2),
-                                .db2 = pointer(4, db2),
+  Gradients gradients(x, wanted, 7);
+  const bool has_norm = norm_weight.has_value();
+  const auto [dx, dx_data] = gradients.next(x.scalar_type(), shape_of(x));
+  const auto [dw1, dw1_data] = gradients.next(types.stream, shape_of(w1));
+  const auto [db1, db1_data] = gradients.next(types.stream, {problem.hidden_dim});
+  const auto [dw2, dw2_data] = gradients.next(types.stream, shape_of(w2));
+  const auto [db2, db2_data] = gradients.next(types.stream, {problem.model_dim});
+  const auto [dweight, dweight_data] = gradients.next(types.stream, {problem.model_dim}, has_norm);
+  const auto [dbias, dbias_data] = gradients.next(types.stream, {problem.model_dim}, has_norm);
+  const Tensor dz = new_empty(x, hidden_shape, types.product);
+  ffn_backward(device.backend, {.dx = dx_data,
+                                .dw1 = dw1_data,
+                                .db1 = db1_data,
+                                .dw2 = dw2_data,
+                                .db2 = db2_data,
+                                .dnorm_weight = dweight_data,
+                                .dnorm_bias = dbias_data,
                                 .dz = dz.mutable_data_ptr(),
                                 .dout = dout.const_data_ptr(),
                                 .x = x.const_data_ptr(),
                                 .w1 = w1.const_data_ptr(),
                                 .w2 = w2.const_data_ptr(),
                                 .saved = saved.const_data_ptr(),
+                                .norm = norm,
+                                .dropout = dropout,
                                 .problem = problem});
-  return {dx, dw1, db1, dw2, db2};
+  return {dx, dw1, db1, dw2, db2, dweight, dbias};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gpt_ext, CPU, m) {

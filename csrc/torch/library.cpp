@@ -12,16 +12,44 @@ STABLE_TORCH_LIBRARY(gpt_ext, m) {
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "float scale, float dropout_p, Tensor? dropout_seed) -> (Tensor dq, Tensor dk, Tensor dv)");
 
-  // x (..., d), w1 (h, d), b1 (h), w2 (d, h), b2 (d), all contiguous -> out (..., d), saved (...,
-  // h). activation: a value of gpt_ext::Activation (ops/ffn.h); an int, because a str argument
-  // leaks its string at every call (torch 2.13's stableivalue_conversions.h).
+  // Parameters are of one dtype, the stream's; products read, and give, `product`, which is the
+  // same, or bfloat16 where the stream is float32 (ops/linear.h). x (..., d) is the stream's where
+  // there is a norm, else product's. Every operand is contiguous. statistics (2, ...) are the
+  // norm's mean and rstd, of the accumulation type; shape (0) where there is no norm. `wanted` says
+  // which gradients to compute, in the order of the results; the others come back with shape (0).
+
+  // w (o, d), b (o), norm_weight, norm_bias (d), residual (..., o), the stream's -> out (..., o),
+  // the stream's where there is a residual. The residual's gradient is dout. CPU only.
   m.def(
-      "ffn_forward(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int activation) -> "
-      "(Tensor out, Tensor saved)");
-  // wanted: which of dx, dw1, db1, dw2, db2 to compute; the others come back with shape (0).
+      "linear_forward(Tensor x, Tensor w, Tensor? b, Tensor? norm_weight, Tensor? norm_bias, "
+      "Tensor? residual, float norm_eps, float dropout_p, Tensor? dropout_seed, "
+      "ScalarType product) -> (Tensor out, Tensor statistics)");
   m.def(
-      "ffn_backward(Tensor dout, Tensor x, Tensor w1, Tensor w2, Tensor saved, int activation, "
-      "bool[] wanted) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)");
+      "linear_backward(Tensor dout, Tensor x, Tensor w, Tensor? norm_weight, Tensor? norm_bias, "
+      "Tensor statistics, bool has_residual, float dropout_p, Tensor? dropout_seed, "
+      "ScalarType product, bool[] wanted) -> "
+      "(Tensor dx, Tensor dw, Tensor db, Tensor dnorm_weight, Tensor dnorm_bias)");
+
+  // targets (...) int64 -> loss (), of the accumulation type; dlogits (..., V), product, shape (0)
+  // where not wanted. linear_backward takes dlogits for its dout. CPU only.
+  m.def(
+      "cross_entropy_forward(Tensor x, Tensor w, Tensor? b, Tensor? norm_weight, "
+      "Tensor? norm_bias, Tensor targets, float norm_eps, int ignore_index, ScalarType product, "
+      "bool want_dlogits) -> (Tensor loss, Tensor dlogits, Tensor statistics)");
+
+  // w1 (h, d), b1 (h), w2 (d, h), b2 (d) -> out (..., d) of x's dtype, saved (..., h), product. A
+  // norm, and dropout with it, is for the CPU only. activation: a value of gpt_ext::Activation
+  // (ops/ffn.h); an int, because a str argument leaks its string at every call (torch 2.13's
+  // stableivalue_conversions.h).
+  m.def(
+      "ffn_forward(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor? norm_weight, "
+      "Tensor? norm_bias, float norm_eps, int activation, float dropout_p, Tensor? dropout_seed, "
+      "ScalarType product) -> (Tensor out, Tensor saved, Tensor statistics)");
+  m.def(
+      "ffn_backward(Tensor dout, Tensor x, Tensor w1, Tensor w2, Tensor saved, "
+      "Tensor? norm_weight, Tensor? norm_bias, Tensor statistics, int activation, "
+      "float dropout_p, Tensor? dropout_seed, bool[] wanted) -> (Tensor dx, Tensor dw1, "
+      "Tensor db1, Tensor dw2, Tensor db2, Tensor dnorm_weight, Tensor dnorm_bias)");
 
   // The weights of a decoder, float32: token_embedding (V, C), position_embedding (T, C), final
   // norm's weight and bias (C), vocabulary's weight (V, C) and bias (V); then, a block, norm (C)

@@ -6,7 +6,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -18,6 +20,7 @@ namespace gpt_ext::binding {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 using Shape = std::vector<int64_t>;
 
 inline Shape shape_of(const Tensor& tensor) {
@@ -67,9 +70,10 @@ inline void check_rank(const Tensor& tensor, const char* name, int64_t rank, con
 }
 
 inline void check_shape(const Tensor& tensor, const char* name, const Shape& expected) {
-  const Shape shape = shape_of(tensor);
-  check(shape == expected, name, " has shape ", to_string(shape), ", expected ",
-        to_string(expected));
+  const auto sizes = tensor.sizes();
+  if (std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end())) return;
+  throw Error(std::string(name) + " has shape " + to_string(shape_of(tensor)) + ", expected " +
+              to_string(expected));
 }
 
 inline std::string device_name(const Tensor& tensor) {
@@ -93,9 +97,40 @@ inline void check_last_dim_contiguous(const Tensor& tensor, const char* name) {
         " has stride ", tensor.stride(last), " in its last dim, expected 1");
 }
 
-// A new contiguous tensor on like's device.
+// What most operands are checked for, with their device, that of `like`.
+inline void check_operand(const Tensor& tensor, const char* name, const Tensor& like,
+                          ScalarType type, const Shape& shape) {
+  check_device(tensor, name, like);
+  check_type(tensor, name, type);
+  check_shape(tensor, name, shape);
+  check_contiguous(tensor, name);
+}
+
+// Where dropout's mask comes from: one number on like's device; null where dropout is off.
+inline const int64_t* checked_dropout_seed(double dropout_p, const OptionalTensor& seed,
+                                           const Tensor& like) {
+  check(0 <= dropout_p && dropout_p <= 1, "dropout_p is ", dropout_p, ", expected 0 to 1");
+  if (dropout_p == 0) return nullptr;
+  check(seed.has_value(), "dropout_seed is None, expected a tensor as dropout_p > 0");
+  check_operand(*seed, "dropout_seed", like, ScalarType::Long, {1});
+  return static_cast<const int64_t*>(seed->const_data_ptr());
+}
+
+// A new contiguous tensor on like's device. Straight to the allocator: by way of torch's dispatcher
+// (torch::stable::new_empty) it takes several times as long, which counts where tensors are small.
 inline Tensor new_empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
+  Shape strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape[i], 1))
+    strides[i] = stride;
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle tensor = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      like.get_device_index(), &tensor));
+  return Tensor(tensor);
 }
 
 // Makes the tensor's device current while it lives and holds the tag that selects the kernels.

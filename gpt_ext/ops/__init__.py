@@ -1,6 +1,8 @@
 """The ops: native kernels for CPU and CUDA behind ordinary differentiable PyTorch functions."""
 
 from gpt_ext.ops.attention import causal_attention
+from gpt_ext.ops.cross_entropy import cross_entropy
 from gpt_ext.ops.ffn import feed_forward
+from gpt_ext.ops.linear import Norm, linear
 
-__all__ = ["causal_attention", "feed_forward"]
+__all__ = ["Norm", "causal_attention", "cross_entropy", "feed_forward", "linear"]

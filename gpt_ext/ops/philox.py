@@ -6,7 +6,10 @@ int64 tensors; the kernels' own code is csrc/common/philox.h.
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _LOW_32 = 0xFFFFFFFF
@@ -35,6 +38,27 @@ def philox(key: tuple[Tensor, Tensor], counter: Words) -> Words:
     return c0, c1, c2, c3
 
 
+def _keep_mask(
+    seed: Tensor, dropout_p: float, planes: int, rows: int, columns: int, op: int
+) -> Tensor:
+    """(planes, rows, columns): whether the word drawn for an element is at least p * 2^32.
+
+    It is word column % 4 of the block with counter (column / 4, row, plane, op).
+    """
+    key = seed & _LOW_32, (seed >> 32) & _LOW_32
+    blocks = (columns + 3) // 4
+    place = torch.arange(max(planes, rows, blocks), device=seed.device)
+    counter = (
+        place[:blocks],
+        place[:rows, None],
+        place[:planes, None, None],
+        torch.full_like(seed, op),
+    )
+    words = philox(key, counter)
+    drawn = torch.stack([word.expand(planes, rows, blocks) for word in words], dim=-1)
+    return (drawn >= int(dropout_p * 2**32)).flatten(-2)[..., :columns]
+
+
 def attention_keep_mask(
     seed: Tensor, dropout_p: float, batch: int, heads: int, time: int
 ) -> Tensor:
@@ -42,13 +66,24 @@ def attention_keep_mask(
 
     Element (b, h, i, j) takes word j % 4 of the block with counter (j / 4, i, b * H + h, 0).
     """
-    key = seed & _LOW_32, (seed >> 32) & _LOW_32
-    place = torch.arange(max(batch * heads, time), device=seed.device)
-    head = place[: batch * heads, None, None]
-    row = place[:time, None]
-    block = place[: (time + 3) // 4]
-    words = philox(key, (block, row, head, torch.zeros_like(seed)))
-    shape = batch * heads, time, (time + 3) // 4
-    drawn = torch.stack([word.expand(shape) for word in words], dim=-1)
-    keep = drawn >= int(dropout_p * 2**32)
-    return keep.flatten(-2)[..., :time].unflatten(0, (batch, heads))
+    keep = _keep_mask(seed, dropout_p, batch * heads, time, time, 0)
+    return keep.unflatten(0, (batch, heads))
+
+
+def residual_keep_mask(seed: Tensor, dropout_p: float, rows: int, columns: int) -> Tensor:
+    """Which elements (rows, columns) of a sub-layer's result dropout keeps; seed (1), int64.
+
+    Element (row, column) takes word column % 4 of the block with counter (column / 4, row, 0, 1).
+    """
+    return _keep_mask(seed, dropout_p, 1, rows, columns, 1)[0]
+
+
+def residual_dropout(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """Dropout of x (..., d) by residual_keep_mask; without a seed, by a mask of torch's own."""
+    if dropout_p == 0:
+        return x
+    if seed is None:
+        return F.dropout(x, dropout_p)
+    keep = residual_keep_mask(seed, dropout_p, math.prod(x.shape[:-1]), x.shape[-1])
+    kept_scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+    return x * (keep.view(x.shape).to(x.dtype) * kept_scale)

@@ -46,17 +46,38 @@ FfnResult run_ffn(Backend backend, const FfnCase& c, const FfnInputs& in, Wanted
       dz(hidden_bytes);
   const DeviceBuffer dx(in.x.size() * element), dw1(in.w1.size() * element),
       db1(in.b1.size() * element), dw2(in.w2.size() * element), db2(in.b2.size() * element);
-  const FfnProblem problem{c.dtype, c.activation, c.rows, c.model_dim, c.hidden_dim};
-  ffn_forward(backend, FfnForward{out.data(), saved.data(),
-                                  c.activation == Activation::kRelu ? saved.data() : hidden.data(),
-                                  x.data(), w1.data(), b1.data(), w2.data(), b2.data(), problem});
+  const FfnProblem problem{{c.dtype, c.dtype}, c.activation, c.rows, c.model_dim, c.hidden_dim};
+  ffn_forward(backend,
+              FfnForward{.out = out.data(),
+                         .saved = saved.data(),
+                         .hidden = c.activation == Activation::kRelu ? saved.data() : hidden.data(),
+                         .x = x.data(),
+                         .w1 = w1.data(),
+                         .b1 = b1.data(),
+                         .w2 = w2.data(),
+                         .b2 = b2.data(),
+                         .norm = {},
+                         .dropout = {},
+                         .problem = problem});
   const auto pointer = [](const DeviceBuffer& buffer, bool is_wanted) {
     return is_wanted ? buffer.data() : nullptr;
   };
-  ffn_backward(backend, FfnBackward{pointer(dx, wanted.dx), pointer(dw1, wanted.dw1),
-                                    pointer(db1, wanted.db1), pointer(dw2, wanted.dw2),
-                                    pointer(db2, wanted.db2), dz.data(), dout.data(), x.data(),
-                                    w1.data(), w2.data(), saved.data(), problem});
+  ffn_backward(backend, FfnBackward{.dx = pointer(dx, wanted.dx),
+                                    .dw1 = pointer(dw1, wanted.dw1),
+                                    .db1 = pointer(db1, wanted.db1),
+                                    .dw2 = pointer(dw2, wanted.dw2),
+                                    .db2 = pointer(db2, wanted.db2),
+                                    .dnorm_weight = nullptr,
+                                    .dnorm_bias = nullptr,
+                                    .dz = dz.data(),
+                                    .dout = dout.data(),
+                                    .x = x.data(),
+                                    .w1 = w1.data(),
+                                    .w2 = w2.data(),
+                                    .saved = saved.data(),
+                                    .norm = {},
+                                    .dropout = {},
+                                    .problem = problem});
   const auto values = [&](const DeviceBuffer& buffer, bool is_wanted) {
     return is_wanted ? decode(c.dtype, buffer.download()) : Doubles{};
   };

@@ -6,6 +6,7 @@
 #include "check.h"
 #include "cpu/isa.h"
 #include "ffn_case.h"
+#include "linear_case.h"
 
 namespace gpt_ext::test {
 namespace {
@@ -56,6 +57,36 @@ TEST(feed_forward_at_every_level) {
         check_ffn(Cpu{}, {DType::kFloat32, activation, 33, odd, 50});
       }
     }
+  });
+}
+
+constexpr Precision kPrecisions[] = {{DType::kFloat64, DType::kFloat64},
+                                     {DType::kFloat32, DType::kFloat32},
+                                     {DType::kBFloat16, DType::kBFloat16},
+                                     {DType::kFloat32, DType::kBFloat16}};
+
+TEST(linear_at_every_level) {
+  at_every_level([] {
+    for (const Precision& precision : kPrecisions) {
+      for (const bool norm : {false, true}) {
+        for (const bool residual : {false, true}) {
+          check_linear({precision, norm, residual, 0.3, 70, 42, 130});
+          check_linear({precision, norm, residual, 0, 129, 65, 7});
+          check_linear({precision, norm, residual, 0, 0, 5, 7});
+          for (const int64_t odd : {1, 2, 15, 17})
+            check_linear({precision, norm, residual, 0.5, odd, odd + 2, 33});
+        }
+      }
+    }
+  });
+}
+
+TEST(cross_entropy_at_every_level) {
+  at_every_level([] {
+    for (const Precision& precision : kPrecisions)
+      for (const bool norm : {false, true})
+        for (const int64_t vocabulary : {1, 7, 16, 104, 300})
+          check_cross_entropy({precision, norm, false, 0, 40, 33, vocabulary});
   });
 }
 

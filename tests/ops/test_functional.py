@@ -1,4 +1,4 @@
-"""Everything torch does with a function: both ops are to take part in it as torch's own do."""
+"""Everything torch does with a function: the ops are to take part in it as torch's own do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
-from gpt_ext.ops import _functional, causal_attention, feed_forward
+from gpt_ext.ops import (
+    Norm,
+    _functional,
+    causal_attention,
+    cross_entropy,
+    feed_forward,
+    linear,
+)
 
 
 @dataclasses.dataclass
@@ -30,7 +37,9 @@ class Op:
     call: Callable[..., Tensor]
     reference: Callable[..., Tensor]
     shapes: list[tuple[int, ...]]
-    raw: str
+    raw_forward: str
+    raw_backward: str
+    autocast_dtype: torch.dtype = torch.bfloat16  # of the result
 
     def inputs(self, device: str, dtype: torch.dtype = torch.float64) -> list[Tensor]:
         return [torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in self.shapes]
@@ -44,9 +53,76 @@ def gelu_reference(*inputs: Tensor) -> Tensor:
     return reference.feed_forward(*inputs, activation="gelu")
 
 
+def block_linear(x: Tensor, w: Tensor, b: Tensor, *rest: Tensor) -> Tensor:
+    norm_weight, norm_bias, residual = rest
+    return linear(x, w, b, norm=Norm(norm_weight, norm_bias), residual=residual)
+
+
+def linear_reference(x: Tensor, w: Tensor, b: Tensor, *rest: Tensor) -> Tensor:
+    *norm, residual = rest
+    return reference.linear(x, w, b, norm, residual)
+
+
+def sublayer(x: Tensor, *rest: Tensor) -> Tensor:
+    *weights, norm_weight, norm_bias = rest
+    return feed_forward(x, *weights, activation="gelu", norm=Norm(norm_weight, norm_bias))
+
+
+def sublayer_reference(x: Tensor, *rest: Tensor) -> Tensor:
+    *weights, norm_weight, norm_bias = rest
+    return x + gelu_reference(reference.layer_norm(x, norm_weight, norm_bias), *weights)
+
+
+def targets_for(x: Tensor) -> Tensor:
+    """Some target for each row."""
+    rows = x.shape[:-1]
+    return (torch.arange(rows.numel(), device=x.device) % 3).view(rows)
+
+
+def loss(x: Tensor, w: Tensor, b: Tensor, *norm: Tensor) -> Tensor:
+    """Times x, to be shaped like the other ops' results."""
+    return x * cross_entropy(x, w, b, targets_for(x), norm=Norm(*norm))
+
+
+def loss_reference(x: Tensor, w: Tensor, b: Tensor, *norm: Tensor) -> Tensor:
+    logits = reference.linear(x, w, b, norm).flatten(0, -2)
+    return x * reference.cross_entropy(logits, targets_for(x).flatten())
+
+
+NETWORK = [(2, 5, 4), (6, 4), (6,), (4, 6), (4,)]
 OPS = {
-    "attention": Op(causal_attention, reference.attention, [(2, 5, 2, 4)] * 3, "attention"),
-    "ffn": Op(gelu_network, gelu_reference, [(2, 5, 4), (6, 4), (6,), (4, 6), (4,)], "ffn"),
+    "attention": Op(
+        causal_attention,
+        reference.attention,
+        [(2, 5, 2, 4)] * 3,
+        "attention_forward",
+        "attention_backward",
+    ),
+    "linear": Op(
+        block_linear,
+        linear_reference,
+        [(2, 5, 4), (6, 4), (6,), (4,), (4,), (2, 5, 6)],
+        "linear_forward",
+        "linear_backward",
+        torch.float32,
+    ),
+    "ffn": Op(gelu_network, gelu_reference, NETWORK, "ffn_forward", "ffn_backward"),
+    "sublayer": Op(
+        sublayer,
+        sublayer_reference,
+        [*NETWORK, (4,), (4,)],
+        "ffn_forward",
+        "ffn_backward",
+        torch.float32,
+    ),
+    "cross_entropy": Op(
+        loss,
+        loss_reference,
+        [(2, 5, 4), (6, 4), (6,), (4,), (4,)],
+        "cross_entropy_forward",
+        "linear_backward",
+        torch.float32,
+    ),
 }
 
 
@@ -168,8 +244,7 @@ def test_derivatives(transform: Callable, op: Op, device: str) -> None:
     def of(function: Callable[..., Tensor]) -> Tensor:
         return transform(lambda x: function(x, *inputs[1:]).sin().sum((0, 1)))(inputs[0][:, :2])
 
-    if op.raw == "attention":
-        inputs = [t[:, :2] for t in inputs]
+    inputs = [t[:, :2] if t.shape[:2] == (2, 5) else t for t in inputs]
     torch.testing.assert_close(of(op.call), of(op.reference))
 
 
@@ -180,19 +255,25 @@ def test_jvp(op: Op, device: str) -> None:
 
 
 class Block(torch.nn.Module):
-    """Attention over a packed projection, then the feed-forward network: (B, T, 8) -> (B, T, 8)."""
+    """A pre-norm block, (B, T, 8) -> (B, T, 8)."""
 
     def __init__(self, dropout_p: float = 0.0) -> None:
         super().__init__()
-        self.qkv = torch.nn.Linear(8, 24)
+        self.qkv, self.projection = torch.nn.Linear(8, 24), torch.nn.Linear(8, 8)
         self.first, self.second = torch.nn.Linear(8, 12), torch.nn.Linear(12, 8)
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(8) for _ in range(2))
         self.dropout_p = dropout_p
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 4).unbind(2)
-        x = causal_attention(q, k, v, dropout_p=self.dropout_p).flatten(2)
-        first, second = self.first, self.second
-        return feed_forward(x, first.weight, first.bias, second.weight, second.bias)
+        p, qkv, projection, first, second = (
+            self.dropout_p, self.qkv, self.projection, self.first, self.second
+        )  # fmt: skip
+        norms = [Norm(norm.weight, norm.bias, norm.eps) for norm in self.norms]
+        packed = linear(x, qkv.weight, qkv.bias, norm=norms[0]).view(*x.shape[:2], 3, 2, 4)
+        heads = causal_attention(*packed.unbind(2), dropout_p=p).flatten(2)
+        x = linear(heads, projection.weight, projection.bias, residual=x, dropout_p=p)
+        weights = first.weight, first.bias, second.weight, second.bias
+        return feed_forward(x, *weights, norm=norms[1], dropout_p=p)
 
 
 def parameter_gradients(model: torch.nn.Module, x: Tensor) -> list[Tensor]:
@@ -218,18 +299,18 @@ def test_autocast(op: Op, device: str) -> None:
     inputs = op.inputs(device, torch.float32)
     with torch.autocast(device, dtype=torch.bfloat16):
         out = op.call(*inputs)
-    low = [t.detach().bfloat16().requires_grad_() for t in inputs]
-    expected = op.call(*low)
-    assert out.dtype == torch.bfloat16
-    assert torch.equal(out, expected)
+    assert out.dtype == op.autocast_dtype
     ours = gradients(out, inputs)
     assert all(g.dtype == torch.float32 for g in ours)
-    assert_close(ours, [g.float() for g in gradients(expected, low)])
+    expected = op.call(*inputs)
+    torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.05)
+    for one, other in zip(ours, gradients(expected, inputs), strict=True):
+        assert (one - other).norm() < 0.03 * other.norm()
 
 
 def test_autocast_takes_mixed_dtypes_and_leaves_float64(device: str) -> None:
     x, *weights = OPS["ffn"].inputs(device, torch.float32)
-    with pytest.raises(TypeError, match=r"w1 has dtype torch\.float32, expected torch\.bfloat16"):
+    with pytest.raises(TypeError, match=r"x has dtype torch\.bfloat16, expected torch\.float32"):
         feed_forward(x.bfloat16(), *weights)
     with torch.autocast(device, dtype=torch.bfloat16):
         assert feed_forward(x.bfloat16(), *weights).dtype == torch.bfloat16
@@ -241,8 +322,8 @@ def test_autocast_under_transforms(op: Op, device: str) -> None:
     inputs = [t.detach() for t in op.inputs(device, torch.float32)]
     with torch.autocast(device, dtype=torch.bfloat16):
         transformed, _ = jvp(op.call, tuple(inputs), tuple(inputs))
-        assert transformed.dtype == torch.bfloat16
-        torch.testing.assert_close(transformed, op.call(*inputs), rtol=0.02, atol=0.02)
+        assert transformed.dtype == op.autocast_dtype
+        torch.testing.assert_close(transformed, op.call(*inputs), rtol=0.02, atol=0.05)
 
 
 # Compiler
@@ -263,9 +344,19 @@ def test_compile_calls_the_raw_ops_in_both_directions(op: Op, device: str) -> No
     ours = gradients(compiled(*inputs), inputs)
     assert_close(ours, gradients(op.call(*inputs), inputs))
     forward, backward = graphs
-    assert f"{op.raw}_forward" in forward
-    assert f"{op.raw}_backward" in backward
-    assert not {"softmax", "_softmax", "exp", "bmm", "mm", "addmm"} & (forward | backward)
+    assert op.raw_forward in forward
+    assert op.raw_backward in backward
+    plain = {
+        "softmax",
+        "_softmax",
+        "_log_softmax",
+        "exp",
+        "bmm",
+        "mm",
+        "addmm",
+        "native_layer_norm",
+    }
+    assert not plain & (forward | backward)
 
 
 def test_compile_by_inductor(device: str) -> None:
@@ -318,7 +409,8 @@ def test_export(device: str) -> None:
     dynamic = torch.export.Dim.DYNAMIC
     exported = torch.export.export(block, (x,), dynamic_shapes=({0: dynamic, 1: dynamic},))
     targets = {str(node.target) for node in exported.graph.nodes}
-    assert {"gpt_ext.attention_forward.default", "gpt_ext.ffn_forward.default"} <= targets
+    raw = {f"gpt_ext.{op}_forward.default" for op in ("attention", "linear", "ffn")}
+    assert raw <= targets
     longer = torch.randn(3, 9, 8, device=device)
     torch.testing.assert_close(exported.module()(longer), block(longer))
 
@@ -327,7 +419,7 @@ def test_meta_device(op: Op) -> None:
     inputs = op.inputs("meta")
     out = op.call(*inputs)
     assert out.is_meta
-    assert out.shape == inputs[0].shape
+    assert out.shape == op.reference(*op.inputs("cpu")).shape
     assert [g.shape for g in gradients(out, inputs)] == [t.shape for t in inputs]
 
 

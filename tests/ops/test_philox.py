@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 
-from gpt_ext.ops.philox import attention_keep_mask, philox
+from gpt_ext.ops.philox import attention_keep_mask, philox, residual_keep_mask
 
 # kat_vectors of Random123: counter, key, answer
 KNOWN_ANSWERS = [
@@ -34,6 +34,13 @@ def test_mask_follows_the_definition(seed: int, time: int, device: str) -> None:
     assert torch.equal(keep.cpu(), reference.attention_keep_mask(seed, 0.3, 2, 3, time))
 
 
+@pytest.mark.parametrize("seed", [-1, 0x1234_5678_9ABC_DEF0])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 6), (2, 8), (0, 3), (3, 0)], ids=str)
+def test_residual_mask_follows_the_definition(seed: int, shape: tuple, device: str) -> None:
+    keep = residual_keep_mask(torch.tensor([seed], device=device), 0.3, *shape)
+    assert torch.equal(keep.cpu(), reference.residual_keep_mask(seed, 0.3, *shape))
+
+
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_kernel_draws_the_same_mask(p: float, backend: str) -> None:
     # With v the identity the output's rows are the probabilities, zero where dropped.
@@ -45,3 +52,9 @@ def test_kernel_draws_the_same_mask(p: float, backend: str) -> None:
     )
     keep = reference.attention_keep_mask(seed, p, batch, heads, time)
     assert torch.equal(out.transpose(1, 2).cpu() != 0, keep.tril())
+
+
+def test_the_two_masks_differ(device: str) -> None:
+    seed = torch.tensor([5], device=device)
+    attention = attention_keep_mask(seed, 0.5, 1, 1, 64)[0, 0]
+    assert not torch.equal(attention, residual_keep_mask(seed, 0.5, 64, 64))

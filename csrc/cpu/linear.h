@@ -1,0 +1,97 @@
+// The products of linear layers and what is fused around them, which linear and ffn share. Included
+// once a level by level.h. Dims: N rows, d in, o out.
+
+namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
+
+// Epilogue: out (N, columns) = c, or c + b unless b is null.
+template <class Sum, class Out, class Bias = Out>
+auto store_to(Out* out, int64_t columns, const Bias* b = nullptr) {
+  return [=](int64_t i, int64_t j0, int64_t n, Sum* c) {
+    for_columns<Sum>(n, [&](int64_t j, auto part) {
+      Vec<Sum> y = load(c + j);
+      if (b) y += load(b + j0 + j, part);
+      store(out + i * columns + j0 + j, y, part);
+    });
+  };
+}
+
+// Epilogue: out (N, columns) = residual + dropout(c + b); b and residual may be null.
+template <class Sum, class Out, class Stream>
+auto add_to_residual(Out* out, int64_t columns, const Stream* b, const Stream* residual,
+                     const Dropout& dropout) {
+  const bool drops = dropout.p > 0;
+  const ResidualDropout mask(drops ? *dropout.seed : 0, dropout.p);
+  return [=, p = dropout.p](int64_t i, int64_t j0, int64_t n, Sum* c) {
+    Sum scales[kBlockColumns];
+    if (drops) dropout_scales(mask, p, ResidualDropout::first_block(i), j0, n, scales);
+    for_columns<Sum>(n, [&](int64_t j, auto part) {
+      Vec<Sum> y = load(c + j);
+      if (b) y += load(b + j0 + j, part);
+      if (drops) y *= load(scales + j, part);
+      if (residual) y += load(residual + i * columns + j0 + j, part);
+      store(out + i * columns + j0 + j, y, part);
+    });
+  };
+}
+
+// f(g): the gradient (N, columns) of what dropout was applied to; dout itself where there is none.
+template <class Product, class DOut, class F>
+void with_dropout_undone(const DOut* dout, int64_t rows, int64_t columns, const Dropout& dropout,
+                         const F& f) {
+  using Sum = typename Accumulation<DOut>::type;
+  if (dropout.p == 0) return f(dout);
+  const ResidualDropout mask(*dropout.seed, dropout.p);
+  Buffer<Product> g(static_cast<size_t>(rows * columns));
+  parallel_for(rows, columns * sizeof(Sum), [&](int64_t i, std::byte* memory) {
+    auto* scales = reinterpret_cast<Sum*>(memory);
+    dropout_scales(mask, dropout.p, ResidualDropout::first_block(i), 0, columns, scales);
+    for_columns<Sum>(columns, [&](int64_t j, auto part) {
+      const Vec<Sum> y = load(dout + i * columns + j, part) * load(scales + j, part);
+      store(g.get() + i * columns + j, y, part);
+    });
+  });
+  f(const_cast<const Product*>(g.get()));
+}
+
+// Packed W^T (d, o), for y = x W^T, and W (o, d), for dx = g W, of w (o, d).
+template <class E, class Stream>
+Panels<E> pack_forward(const Stream* w, int64_t o, int64_t d, typename E::Operand* memory) {
+  return pack<E>(Matrix<Stream>{w, 1, d}, d, o, memory);
+}
+template <class E, class Stream>
+Panels<E> pack_backward(const Stream* w, int64_t o, int64_t d, typename E::Operand* memory) {
+  return pack<E>(Matrix<Stream>{w, d, 1}, o, d, memory);
+}
+
+// dw (o, d) = g^T y for g (N, o) and y = map(x), x (N, d).
+template <class E, class G, class X, class Stream, class Map>
+void weight_gradient(const G* g, int64_t o, const X* x, int64_t d, int64_t rows, Stream* dw,
+                     typename E::Operand* memory, const Map& map) {
+  using Sum = typename E::Sum;
+  const auto y = pack<E>(Matrix<X>{x, d, 1}, rows, d, memory, map);
+  gemm(o, rows, Matrix<G>{g, 1, o}, y, store_to<Sum>(dw, d));
+}
+
+// out[j] = sum_i a[i][j] for a (rows, columns), a strip of columns at a time. Sums of 128 rows are
+// summed in turn: two short sums lose less than a long one.
+template <class Storage, class Out>
+void column_sums(const Storage* a, int64_t rows, int64_t columns, Out* out) {
+  using Sum = typename Accumulation<Storage>::type;
+  constexpr int64_t kStrip = 64, kRun = 128;
+  parallel_for((columns + kStrip - 1) / kStrip, 0, [&](int64_t strip, std::byte*) {
+    const int64_t j0 = strip * kStrip, n = std::min(kStrip, columns - j0);
+    Sum total[kStrip] = {}, run[kStrip];
+    for (int64_t i0 = 0; i0 < rows; i0 += kRun) {
+      std::fill_n(run, kStrip, Sum(0));
+      for (int64_t i = i0; i < std::min(i0 + kRun, rows); ++i)
+        for_columns<Sum>(n, [&](int64_t j, auto part) {
+          store(run + j, load(run + j, part) + load(a + i * columns + j0 + j, part), part);
+        });
+      for (int64_t j = 0; j < n; ++j) total[j] += run[j];
+    }
+    for_columns<Sum>(
+        n, [&](int64_t j, auto part) { store(out + j0 + j, load(total + j, part), part); });
+  });
+}
+
+}  // namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL

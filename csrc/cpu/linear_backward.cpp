@@ -1,0 +1,71 @@
+// A linear layer, backward, on CPUs. With g the gradient before dropout, and y = norm(x), which is
+// computed anew where it is read:
+//   dw = g^T y,  db = column sums of g,  dy = g W, from which the norm's backward makes dx
+
+#ifndef GPT_EXT_SIMD_LEVEL
+
+#include "ops/linear.h"
+
+#define GPT_EXT_KERNEL_FILE "cpu/linear_backward.cpp"
+#include "cpu/foreach_isa.h"
+
+namespace gpt_ext {
+
+void linear_backward(Cpu, const LinearBackward& p) { GPT_EXT_CALL_LEVEL(linear_backward, p); }
+
+}  // namespace gpt_ext
+
+#else
+
+namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
+
+// X and G: the elements of x and of g.
+template <class Stream, class Product, class X, class G, class Map>
+void linear_gradients(const LinearBackward& p, const G* g, const Map& map) {
+  using E = Arithmetic<Product>;
+  using Sum = typename E::Sum;
+  const int64_t rows = p.problem.rows, d = p.problem.in_dim, o = p.problem.out_dim;
+  const auto* x = static_cast<const X*>(p.x);       // (N, d)
+  const auto* w = static_cast<const Stream*>(p.w);  // (o, d)
+  const bool norm_wanted = p.dnorm_weight || p.dnorm_bias;
+  Buffer<typename E::Operand> packed(std::max(Panels<E>::size(o, d), Panels<E>::size(rows, d)));
+
+  if (p.dx || norm_wanted) {
+    Buffer<X> unwanted(p.dx ? 0 : static_cast<size_t>(rows * d));
+    X* dx = p.dx ? static_cast<X*>(p.dx) : unwanted.get();  // (N, d), dy at first
+    const auto b = pack_backward<E>(w, o, d, packed.get());
+    gemm(rows, o, Matrix<G>{g, o, 1}, b, store_to<Sum>(dx, d));
+    if constexpr (!std::is_same_v<Map, Unchanged>)
+      norm_backward<Stream>(x, rows, d, p.norm, nullptr, dx, static_cast<Stream*>(p.dnorm_weight),
+                            static_cast<Stream*>(p.dnorm_bias));
+  }
+  if (p.dw) weight_gradient<E>(g, o, x, d, rows, static_cast<Stream*>(p.dw), packed.get(), map);
+  if (p.db) column_sums(g, rows, o, static_cast<Stream*>(p.db));
+}
+
+template <class Stream, class Product>
+void linear_backward_typed(const LinearBackward& p) {
+  const auto with_g = [&](const auto* dout) {
+    with_dropout_undone<Product>(
+        dout, p.problem.rows, p.problem.out_dim, p.dropout, [&](const auto* g) {
+          if (p.norm.weight)
+            linear_gradients<Stream, Product, Stream>(p, g, Normalized<Stream>(p.norm));
+          else
+            linear_gradients<Stream, Product, Product>(p, g, Unchanged{});
+        });
+  };
+  if (p.has_residual)
+    with_g(static_cast<const Stream*>(p.dout));
+  else
+    with_g(static_cast<const Product*>(p.dout));
+}
+
+void linear_backward(const LinearBackward& p) {
+  dispatch_precision(p.problem.precision, [&](auto stream, auto product) {
+    linear_backward_typed<decltype(stream), decltype(product)>(p);
+  });
+}
+
+}  // namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL
+
+#endif

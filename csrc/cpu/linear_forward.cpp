@@ -1,0 +1,60 @@
+// A linear layer, forward, on CPUs: one product; the norm is applied where x is read, bias, dropout
+// and residual while the block of the product is in cache.
+
+#ifndef GPT_EXT_SIMD_LEVEL
+
+#include "ops/linear.h"
+
+#define GPT_EXT_KERNEL_FILE "cpu/linear_forward.cpp"
+#include "cpu/foreach_isa.h"
+
+namespace gpt_ext {
+
+void linear_forward(Cpu, const LinearForward& p) { GPT_EXT_CALL_LEVEL(linear_forward, p); }
+
+}  // namespace gpt_ext
+
+#else
+
+namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
+
+template <class Stream, class Product>
+void linear_forward_typed(const LinearForward& p) {
+  using E = Arithmetic<Product>;
+  using Sum = typename E::Sum;
+  const int64_t rows = p.problem.rows, d = p.problem.in_dim, o = p.problem.out_dim;
+  const auto* w = static_cast<const Stream*>(p.w);                // (o, d)
+  const auto* b = static_cast<const Stream*>(p.b);                // (o) or null
+  const auto* residual = static_cast<const Stream*>(p.residual);  // (N, o) or null
+  Buffer<typename E::Operand> packed(Panels<E>::size(d, o));
+  const auto w_t = pack_forward<E>(w, o, d, packed.get());
+
+  const auto product = [&](const auto* x, const auto& map) {  // x (N, d)
+    const Matrix<std::remove_cvref_t<decltype(*x)> > a{x, d, 1};
+    if (residual)
+      gemm(rows, d, a, w_t,
+           add_to_residual<Sum>(static_cast<Stream*>(p.out), o, b, residual, p.dropout), map);
+    else if (p.dropout.p > 0)
+      gemm(rows, d, a, w_t,
+           add_to_residual<Sum>(static_cast<Product*>(p.out), o, b, residual, p.dropout), map);
+    else
+      gemm(rows, d, a, w_t, store_to<Sum>(static_cast<Product*>(p.out), o, b), map);
+  };
+  if (p.norm.weight) {
+    const auto* x = static_cast<const Stream*>(p.x);
+    norm_statistics<Sum>(x, rows, d, p.norm);
+    product(x, Normalized<Stream>(p.norm));
+  } else {
+    product(static_cast<const Product*>(p.x), Unchanged{});
+  }
+}
+
+void linear_forward(const LinearForward& p) {
+  dispatch_precision(p.problem.precision, [&](auto stream, auto product) {
+    linear_forward_typed<decltype(stream), decltype(product)>(p);
+  });
+}
+
+}  // namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL
+
+#endif

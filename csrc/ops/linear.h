@@ -1,0 +1,65 @@
+// A linear layer of a pre-norm decoder block, with what is fused around its product; the contract:
+//   out = residual + dropout(norm(x) W^T + b)
+// with x (N, d), W (o, d), b (o), residual and out (N, o), all contiguous. norm, b, dropout and
+// residual may each be absent; the block uses norm(x) W^T + b and residual + dropout(x W^T + b).
+#pragma once
+
+#include <cstdint>
+
+#include "ops/backend.h"
+
+namespace gpt_ext {
+
+// Two dtypes: parameters, their gradients and the residual stream are kept in one, while products
+// read, and activations between two products are kept in, the other. They are the same, or float32
+// and bfloat16 (autocast: products in bfloat16, everything that is summed over steps in float32).
+struct Precision {
+  DType stream;   // of parameters and of what a norm reads, and of what is added to a residual
+  DType product;  // of every other activation
+};
+
+// y = (x - mean) rstd weight + bias over the last dim, rstd = 1 / sqrt(variance + eps)
+// (Ba et al., "Layer Normalization", 2016), applied as the product reads x.
+struct LayerNorm {
+  const void *weight, *bias;  // (d); weight is null where there is no norm
+  double eps;
+  void *mean, *rstd;  // (N), accumulation type of stream: forward writes them, backward reads them
+};
+
+// Keeps element (row, column) of (N, o) as ResidualDropout of common/philox.h says.
+struct Dropout {
+  double p;             // in [0, 1]; 0: none
+  const int64_t* seed;  // one number on the backend's device; null if p == 0
+};
+
+struct LinearProblem {
+  Precision precision;
+  int64_t rows, in_dim, out_dim;  // N, d, o; all >= 0
+};
+
+struct LinearForward {
+  void* out;             // stream with a residual, else product
+  const void* x;         // stream with a norm, else product
+  const void *w, *b;     // b null: none
+  const void* residual;  // null: none
+  LayerNorm norm;
+  Dropout dropout;
+  LinearProblem problem;
+};
+
+// The residual's gradient is dout itself.
+struct LinearBackward {
+  void *dx, *dw, *db, *dnorm_weight, *dnorm_bias;  // like x and the parameters; null: not wanted
+  const void* dout;                                // like out: stream if has_residual, else product
+  const void *x, *w;
+  bool has_residual;
+  LayerNorm norm;
+  Dropout dropout;
+  LinearProblem problem;
+};
+
+// Deterministic, bit for bit, whatever the number of threads. Throw gpt_ext::Error.
+void linear_forward(Cpu, const LinearForward&);
+void linear_backward(Cpu, const LinearBackward&);
+
+}  // namespace gpt_ext
