@@ -6,7 +6,7 @@
 
 #include <atomic>
 #include <cstdint>
-#include <utility>
+#include <optional>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -15,11 +15,13 @@ namespace gpt_ext::cpu {
 
 class Barrier {
  public:
-  // Returns when `size` threads have called it. Waits in a loop for as long as a step may take,
-  // then asleep: where threads outnumber free cores, the one that is waited for needs a core.
-  void wait(int size) {
+  explicit Barrier(int size) : size_(size) {}
+
+  // Returns when all `size` threads have called it. Waits in a loop at first, then asleep: where
+  // threads outnumber cores, the one that is waited for needs a core.
+  void wait() {
     const uint32_t phase = phase_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
       arrived_.store(0, std::memory_order_relaxed);
       phase_.store(phase + 1, std::memory_order_release);
       phase_.notify_all();
@@ -33,7 +35,9 @@ class Barrier {
   }
 
  private:
-  static constexpr int kSpins = 2000;  // some 50 to 100 us
+  // Some 15 us: longer than ranks differ by, short beside what a peer that lost its core is gone.
+  // A machine with other work often has two ranks on one core, where every spin delays the peer.
+  static constexpr int kSpins = 300;
 
   static void pause() {
 #if defined(__x86_64__)
@@ -43,6 +47,7 @@ class Barrier {
 #endif
   }
 
+  const int size_;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
 };
@@ -57,7 +62,7 @@ struct Rank {
   Barrier* barrier;
 
   void meet() const {
-    if (size > 1) barrier->wait(size);
+    if (size > 1) barrier->wait();
   }
   // This rank's part of [begin, end).
   Range part(int64_t begin, int64_t end) const {
@@ -69,9 +74,13 @@ struct Rank {
 // Calls work(rank) on every thread of a team of at most max_threads(); work must not throw.
 template <class Work>
 void run_team(const Work& work) {
-  Barrier barrier;
+  std::optional<Barrier> barrier;
 #pragma omp parallel
-  work(Rank{omp_get_thread_num(), omp_get_num_threads(), &barrier});
+  {
+#pragma omp single
+    barrier.emplace(omp_get_num_threads());
+    work(Rank{omp_get_thread_num(), omp_get_num_threads(), &*barrier});
+  }
 }
 
 }  // namespace gpt_ext::cpu
