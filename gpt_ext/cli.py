@@ -16,6 +16,7 @@ import torch
 from gpt_ext import checkpoint, demo, train
 from gpt_ext.build import build_info
 from gpt_ext.errors import UserError
+from gpt_ext.generation import Overflow, WeightFormat
 from gpt_ext.model import GPT
 from gpt_ext.options import ModelOptions, TrainOptions
 from gpt_ext.progress import draw_curve
@@ -82,6 +83,21 @@ def build_parser() -> Parser:
         "--temperature", type=float, default=1.0, help="below 1 surer, 0 the likeliest alone"
     )
     generating.add_argument("--top-k", type=int, help="draw from the k likeliest characters")
+    generating.add_argument(
+        "--top-p", type=float, help="draw from the likeliest whose probability reaches p"
+    )
+    generating.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="above 1, fewer repetitions"
+    )
+    generating.add_argument(
+        "--dtype", type=WeightFormat, default="float32", help="of the weights while writing"
+    )
+    generating.add_argument(
+        "--overflow",
+        type=Overflow,
+        default="exact",
+        help="beyond the context: compute it anew for each character, or now and then (reprefill)",
+    )
     generating.add_argument("--seed", type=int, help="the same seed writes the same text")
 
     parser = Parser(prog="gpt-ext", description="A GPT from text, and text from a GPT.")
@@ -122,21 +138,22 @@ def run_train(options: Any) -> int:
 
 def run_generate(options: Any) -> int:
     model, tokenizer = checkpoint.load_run(Path(options.run))
-    write(model, tokenizer, options.prompt, options.length, options.temperature, options.top_k,
-          options.seed)  # fmt: skip
+    write(
+        model, tokenizer, options.prompt, options.length, options.seed,
+        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
+        repetition_penalty=options.repetition_penalty, dtype=options.dtype,
+        overflow=options.overflow,
+    )  # fmt: skip
     return 0
 
 
 def write(
-    model: GPT,
-    tokenizer: CharTokenizer,
-    prompt: str,
-    length: int,
-    temperature: float,
-    top_k: int | None,
-    seed: int | None,
+    model: GPT, tokenizer: CharTokenizer, prompt: str, length: int, seed: int | None, **options: Any
 ) -> None:
-    """Prints a prompt and what the model adds to it, each character as it comes."""
+    """Prints a prompt and what the model adds to it, each character as it comes.
+
+    The options are those of `GPT.stream`.
+    """
     generator = torch.Generator()
     if seed is None:
         generator.seed()
@@ -144,11 +161,7 @@ def write(
         generator.manual_seed(seed)
     try:
         tokens = model.stream(
-            tokenizer.encode(prompt)[None],
-            length,
-            temperature=temperature,
-            top_k=top_k,
-            generator=generator,
+            tokenizer.encode(prompt)[None], length, generator=generator, **options
         )
     except ValueError as error:
         raise UserError(f"can't go on from {prompt!r}: {error}") from None
@@ -167,7 +180,7 @@ def run_demo(options: Any) -> int:
         trainer = train.start(text, Path(folder) / "run", demo.MODEL, demo.TRAIN)
         trainer.train()
     print("what the model writes:\n")
-    write(trainer.model, trainer.tokenizer, "The ", 600, 0.8, None, seed=0)
+    write(trainer.model, trainer.tokenizer, "The ", 600, seed=0, temperature=0.8)
     print("\non your own text: gpt-ext train --data FILE --out RUN; gpt-ext generate RUN")
     return 0
 

@@ -1,4 +1,7 @@
-"""From a prompt to tokens: the sampling loop, its KV cache and the draw.
+"""From a prompt to tokens: what `GPT.stream` and `GPT.generate` do.
+
+On CPUs the native engine does it (gpt_ext.engine); here are the checks, and the same loop in
+PyTorch, for CUDA and for models that were changed after they were built.
 
 A key depends on its token's position, so cached keys and values hold only until the context is
 full. From then on each step drops the oldest token and moves all others one position back, and the
@@ -10,17 +13,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gpt_ext import engine
 from gpt_ext.checks import check_token_ids, check_tokens
+from gpt_ext.engine import Sampling
 from gpt_ext.ops import packed_causal_attention
+from gpt_ext.ops.decode import FORMATS, WeightFormat
 
 if TYPE_CHECKING:
     from gpt_ext.model import GPT
+
+Overflow = Literal["exact", "reprefill"]
+Prompts = Tensor | Sequence[Tensor]
+Generators = torch.Generator | Sequence[torch.Generator]
 
 
 def generate(
@@ -38,55 +48,172 @@ def generate(
     """
     if context.dim() == 2 and context.shape[0] != 1:
         raise ValueError(f"context must hold one sequence, (1, T), got {tuple(context.shape)}")
-    new = stream(model, context, new_chars, context_length)
-    return "".join(int_to_char[int(token)] for token in new)
+    chunks = draw(model, context, new_chars, window=context_length)
+    return "".join(int_to_char[int(token)] for chunk in chunks for token in chunk)
 
 
-def stream(
+def draw(
     model: GPT,
-    tokens: Tensor,
+    prompts: Prompts,
     max_new_tokens: int,
-    window: int,
     *,
+    window: int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    generator: torch.Generator | None = None,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[int] = (),
+    generator: Generators | None = None,
+    dtype: WeightFormat = "float32",
+    overflow: Overflow = "exact",
+    stride: int | None = None,
+    one_by_one: bool = False,
 ) -> Iterator[Tensor]:
-    """`GPT.stream` with a window of any length up to context_length."""
-    check_tokens(tokens)
-    check_token_ids(tokens, model.config.vocab_size)
-    if not tokens.numel():
-        raise ValueError(f"the prompt is empty: tokens are shaped {tuple(tokens.shape)}")
+    """The tokens of `GPT.stream`, (n, B) at a time or, `one_by_one`, (B,).
+
+    `window` is of any length up to context_length, which it is by default. All that is wrong with
+    the arguments is raised here, before the first token is asked for.
+    """
+    config = model.config
+    rows = check_prompts(prompts, config.vocab_size)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
-    if not 1 <= window <= model.config.context_length:
+    window = config.context_length if window is None else window
+    if not 1 <= window <= config.context_length:
         raise ValueError(
-            f"context_length must be from 1 to the model's {model.config.context_length}, "
-            f"got {window}"
+            f"context_length must be from 1 to the model's {config.context_length}, got {window}"
         )
+    generators = check_generators(generator, len(rows))
+    sampling = Sampling(
+        temperature, top_k, top_p, repetition_penalty, tuple(map(int, stop)), generators
+    )
+    check_sampling(sampling, config.vocab_size)
+    dropped = check_overflow(overflow, stride, window)
+    ragged = len({len(row) for row in rows}) > 1
+    check_dtype(model, dtype, ragged)
+
+    def drawn() -> Iterator[Tensor]:
+        try:
+            native = engine.engine_for(model, dtype)
+        except engine.NotPlainError:
+            tokens = torch.stack(rows)
+            for new in in_torch(model, tokens, max_new_tokens, window, dropped, sampling):
+                yield new if one_by_one else new[None]
+            return
+        texts = [row.tolist() for row in rows]
+        session = engine.Session(native, texts, max_new_tokens, window, dropped, sampling)
+        tokens_of = engine.one_by_one if one_by_one else engine.chunks
+        yield from tokens_of(session, max_new_tokens)
+
+    return drawn()
+
+
+def until_stop(tokens: Tensor, stop: Sequence[int]) -> Tensor:
+    """`tokens` (n,) up to their first stop id, which is kept."""
+    ends = torch.isin(tokens, torch.tensor(stop, dtype=torch.int64)).nonzero()
+    return tokens[: int(ends[0]) + 1] if len(ends) else tokens
+
+
+def check_prompts(prompts: Prompts, vocab_size: int) -> list[Tensor]:
+    """The prompts' rows, (T,) int64 each, once they are seen to be tokens."""
+    if isinstance(prompts, Tensor):
+        check_tokens(prompts)
+        rows = list(prompts)
+    else:
+        rows = list(prompts)
+        for i, row in enumerate(rows):
+            if not isinstance(row, Tensor) or row.dim() != 1:
+                got = tuple(row.shape) if isinstance(row, Tensor) else type(row).__name__
+                raise ValueError(f"prompt {i} must be a tensor shaped (T,), got {got}")
+            check_tokens(row[None])
+    if not rows:
+        raise ValueError("there is no prompt: tokens are shaped (0, T)")
+    for row in rows:
+        check_token_ids(row, vocab_size)
+        if not row.numel():
+            raise ValueError(f"the prompt is empty: tokens are shaped {(len(rows), 0)}")
+    return rows
+
+
+def check_generators(generator: Generators | None, rows: int) -> Sequence[torch.Generator]:
+    """One generator for all rows, the default one unless given, or one a row."""
+    if generator is None:
+        return (torch.default_generator,)
+    if isinstance(generator, torch.Generator):
+        return (generator,)
+    if len(generator) != rows:
+        raise ValueError(f"generator must be one, or one a row: {rows}, got {len(generator)}")
+    return tuple(generator)
+
+
+def check_sampling(sampling: Sampling, vocab_size: int) -> None:
+    """Raises ValueError or IndexError for what is no way of drawing."""
+    temperature, top_k, top_p = sampling.temperature, sampling.top_k, sampling.top_p
+    penalty = sampling.repetition_penalty
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature must be finite and not negative, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if not (math.isfinite(penalty) and penalty > 0):
+        raise ValueError(f"repetition_penalty must be finite and above 0, got {penalty}")
+    for token in sampling.stop:
+        if not 0 <= token < vocab_size:
+            raise IndexError(f"stop id {token} is outside the vocabulary, 0 to {vocab_size - 1}")
 
-    @torch.no_grad()
-    def steps(tokens: Tensor) -> Iterator[Tensor]:
-        caches = [KVCache() for _ in model.blocks]
-        new = tokens = tokens[:, -window:]
-        for _ in range(max_new_tokens):
-            with dropout_off(model):
-                if tokens.shape[1] > window:  # full: every position shifts, so nothing stays valid
-                    tokens = new = tokens[:, -window:]
-                    caches = [KVCache() for _ in model.blocks]
-                logits = last_logits(model, new, caches)
-            new = sample(logits, temperature, top_k, top_p, generator)
-            tokens = torch.cat((tokens, new), dim=1)
-            yield new[:, 0]
 
-    return steps(tokens)
+def check_overflow(overflow: str, stride: int | None, window: int) -> int:
+    """By how many tokens more than it must the window moves when it is full."""
+    if overflow not in get_args(Overflow):
+        raise ValueError(f"overflow must be exact or reprefill, got {overflow!r}")
+    if overflow == "exact":
+        if stride is not None:
+            raise ValueError(f"stride is for overflow='reprefill', got {stride} with 'exact'")
+        return 0
+    if stride is None:
+        return window // 4
+    if not 1 <= stride < window:
+        raise ValueError(f"stride must be from 1 to {window - 1}, below the window, got {stride}")
+    return stride
+
+
+def check_dtype(model: GPT, dtype: str, ragged: bool) -> None:
+    """Raises ValueError for a dtype that is none, and for what PyTorch's loop does not do."""
+    if dtype not in FORMATS:
+        raise ValueError(f"dtype must be one of {', '.join(FORMATS)}, got {dtype!r}")
+    if dtype == "float32" and not ragged:
+        return
+    try:
+        engine.weights_of(model)
+    except engine.NotPlainError as error:
+        what = "prompts of different lengths" if ragged else f"dtype {dtype!r}"
+        raise ValueError(f"{what}: for a model on the CPU as GPT builds it, but {error}") from None
+
+
+@torch.no_grad()
+def in_torch(
+    model: GPT, tokens: Tensor, max_new_tokens: int, window: int, dropped: int, sampling: Sampling
+) -> Iterator[Tensor]:
+    """The engine's loop in PyTorch: tokens (B,) after `tokens` (B, T), one by one."""
+    caches = [KVCache() for _ in model.blocks]
+    seen = F.one_hot(tokens, model.config.vocab_size).amax(dim=1).bool()  # (B, V)
+    stop = torch.tensor(sampling.stop, dtype=torch.int64, device=tokens.device)
+    ended = tokens.new_zeros(tokens.shape[0], 1, dtype=torch.bool)
+    new = tokens = tokens[:, -window:]
+    for _ in range(max_new_tokens):
+        with dropout_off(model):
+            if tokens.shape[1] > window:  # full: every position shifts, so nothing stays valid
+                tokens = new = tokens[:, dropped - window :]
+                caches = [KVCache() for _ in model.blocks]
+            logits = last_logits(model, new, caches)
+        new = torch.where(ended, tokens[:, -1:], sample(logits, seen, sampling))
+        seen.scatter_(1, new, True)
+        tokens = torch.cat((tokens, new), dim=1)
+        yield new[:, 0]
+        ended = ended | torch.isin(new, stop)
+        if sampling.stop and ended.all():
+            return
 
 
 class KVCache:
@@ -123,27 +250,32 @@ def last_logits(model: GPT, new: Tensor, caches: Sequence[KVCache]) -> Tensor:
     return model.vocab_projection(model.final_norm(x[:, -1]))
 
 
-def sample(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """One draw (B, 1) a row of `logits` (B, V); the options are those of `GPT.stream`."""
+def sample(logits: Tensor, seen: Tensor, sampling: Sampling) -> Tensor:
+    """One draw (B, 1) a row of `logits` (B, V), of which `seen` (B, V) were seen before."""
     if not logits.isfinite().all():
         raise RuntimeError("the model's logits are not finite: its weights are damaged")
-    if temperature == 0:
+    penalty = sampling.repetition_penalty
+    if penalty != 1:
+        penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+        logits = torch.where(seen, penalised, logits)
+    if sampling.temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k).values[:, -1:]
+    logits = logits.float() / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        kth = logits.topk(sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p is not None:
+    if sampling.top_p is not None:
         likeliest, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-        outside = likeliest.cumsum(dim=-1) - likeliest >= top_p  # reached before this token
+        outside = likeliest.cumsum(dim=-1) - likeliest >= sampling.top_p  # reached before it
         logits = logits.masked_fill(outside.gather(-1, order.argsort(dim=-1)), -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+    generators = sampling.generators
+    draws = [
+        torch.multinomial(part, 1, generator=generator)
+        for part, generator in zip(
+            logits.softmax(-1).chunk(len(generators)), generators, strict=True
+        )
+    ]
+    return torch.cat(draws)
 
 
 @contextmanager

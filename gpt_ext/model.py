@@ -7,7 +7,7 @@ Sources: Vaswani et al., "Attention Is All You Need" (2017); pre-norm as in GPT-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -206,42 +206,85 @@ class GPT(nn.Module):
 
     def generate(
         self,
-        tokens: Tensor,
+        tokens: Tensor | Sequence[Tensor],
         max_new_tokens: int,
         *,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """`tokens` (B, T) int64, then the `max_new_tokens` that `stream` gives: (B, T + new)."""
-        new = self.stream(
-            tokens, max_new_tokens,
-            temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
+        repetition_penalty: float = 1.0,
+        stop: Sequence[int] = (),
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        dtype: generation.WeightFormat = "float32",
+        overflow: generation.Overflow = "exact",
+        stride: int | None = None,
+    ) -> Any:
+        """`tokens` (B, T) int64, then the tokens that `stream` gives: (B, T + new).
+
+        Of a list of prompts, (T,) each, it makes a list of texts, (T + new,) each, which end with
+        their first stop token.
+        """
+        drawn = generation.draw(
+            self, tokens, max_new_tokens,
+            temperature=temperature, top_k=top_k, top_p=top_p,
+            repetition_penalty=repetition_penalty, stop=stop, generator=generator,
+            dtype=dtype, overflow=overflow, stride=stride,
         )  # fmt: skip
-        return torch.cat((tokens, *(token[:, None] for token in new)), dim=1)
+        if isinstance(tokens, Tensor):
+            return torch.cat((tokens, *(chunk.T for chunk in drawn)), dim=1)
+        new = torch.cat([torch.empty(0, len(tokens), dtype=torch.int64), *drawn])
+        return [
+            torch.cat((prompt, generation.until_stop(column, stop)))
+            for prompt, column in zip(tokens, new.unbind(1), strict=True)
+        ]
 
     def stream(
         self,
-        tokens: Tensor,
+        tokens: Tensor | Sequence[Tensor],
         max_new_tokens: int,
         *,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        generator: torch.Generator | None = None,
+        repetition_penalty: float = 1.0,
+        stop: Sequence[int] = (),
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        dtype: generation.WeightFormat = "float32",
+        overflow: generation.Overflow = "exact",
+        stride: int | None = None,
     ) -> Iterator[Tensor]:
-        """Samples what follows `tokens` (B, T) int64: an iterator over `max_new_tokens` of (B,).
+        """Samples what follows `tokens`, (B, T) int64 or B prompts (T,): an iterator over (B,).
 
-        Each token sees the context_length tokens before it. Logits are divided by `temperature` (0
-        takes the likeliest token); only the `top_k` likeliest tokens, and of those the smallest
-        set whose probability reaches `top_p` (Holtzman et al., 2020), stay in the draw, which
-        comes from `generator` or PyTorch's default one. Dropout is off, whatever the model's mode,
-        which stays as it was. Raises TypeError, ValueError or IndexError for a bad argument.
+        It ends after `max_new_tokens`, or when every row has drawn one of the ids of `stop`; until
+        then a row that has repeats it. Dropout is off, whatever the model's mode, which stays as
+        it was; the weights are those of the moment when the first token is asked for.
+
+        Args:
+            temperature: divides the logits; 0 takes the likeliest token.
+            top_k: only so many of the likeliest tokens stay in the draw; above the vocabulary, all.
+            top_p: and of those the smallest set whose probability reaches it (Holtzman et al.,
+                2020).
+            repetition_penalty: divides the positive logits of tokens that the row holds already,
+                multiplies the negative ones (Keskar et al., 2019); 1 is none.
+            generator: where the draws come from: PyTorch's default generator, this one, or one a
+                row, each row then drawing what it would draw alone. Some tokens are drawn ahead;
+                when the iterator is closed or dropped early, the generator goes back to where the
+                tokens given out leave it, unless it was used or seeded by others meanwhile.
+            dtype: of the weights that are multiplied, on a CPU: "float32", or a copy of them
+                rounded to "bfloat16" or to "int8", one scale an output, which is read faster.
+            overflow: each token sees the context_length tokens before it: "exact". "reprefill"
+                computes the window anew only every `stride` tokens (a quarter of it unless given),
+                and gives a token the last context_length - stride of them or more.
+
+        Raises:
+            TypeError, ValueError, IndexError: a bad argument, at the call.
+            RuntimeError: logits are not finite, at the token that they are for.
         """
-        return generation.stream(
-            self, tokens, max_new_tokens, self.config.context_length,
-            temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
+        return generation.draw(
+            self, tokens, max_new_tokens, one_by_one=True,
+            temperature=temperature, top_k=top_k, top_p=top_p,
+            repetition_penalty=repetition_penalty, stop=stop, generator=generator,
+            dtype=dtype, overflow=overflow, stride=stride,
         )  # fmt: skip
 
     def load_state_dict(

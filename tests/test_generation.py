@@ -194,6 +194,12 @@ def test_dropout_is_off_in_a_model_that_is_training(model: GPT) -> None:
         ({"top_p": 1.1}, "top_p must be above 0 and at most 1, got 1.1"),
         ({"top_p": math.nan}, "top_p must be above 0 and at most 1, got nan"),
         ({"max_new_tokens": -1}, "max_new_tokens must not be negative, got -1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be finite and above 0, got 0.0"),
+        ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, int8, got 'float16'"),
+        ({"overflow": "drop"}, "overflow must be exact or reprefill, got 'drop'"),
+        ({"stride": 3}, "stride is for overflow='reprefill', got 3 with 'exact'"),
+        ({"overflow": "reprefill", "stride": 32}, "stride must be from 1 to 31, .* got 32"),
+        ({"generator": []}, "generator must be one, or one a row: 1, got 0"),
     ],
 )
 def test_bad_options_are_told_at_the_call(
@@ -214,6 +220,20 @@ def test_bad_prompts_are_told_at_the_call(model: GPT) -> None:
         generate(model, 5, START.expand(2, 1), 32, INT_TO_CHAR)
     with pytest.raises(ValueError, match="context_length must be from 1 to the model's 32, got 33"):
         generate(model, 5, START, 33, INT_TO_CHAR)
+
+
+def test_other_bad_arguments_are_told_at_the_call(model: GPT) -> None:
+    with pytest.raises(IndexError, match="stop id 40 is outside the vocabulary, 0 to 39"):
+        model.stream(START, 5, stop=[3, 40])
+    with pytest.raises(ValueError, match=r"there is no prompt: tokens are shaped \(0, T\)"):
+        model.stream([], 5)
+    with pytest.raises(ValueError, match=r"prompt 1 must be a tensor shaped \(T,\), got \(1, 1\)"):
+        model.stream([START[0], START], 5)
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        model.stream([START[0], START[0, :0]], 5)
+    model.blocks[1].feed_forward.up.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"dtype 'int8': .* blocks\[1\]'s up is no plain"):
+        model.stream(START, 5, dtype="int8")
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -50,4 +50,24 @@ STABLE_TORCH_LIBRARY(gpt_ext, m) {
       "Tensor? norm_weight, Tensor? norm_bias, Tensor statistics, int activation, "
       "float dropout_p, Tensor? dropout_seed, bool[] wanted) -> (Tensor dx, Tensor dw1, "
       "Tensor db1, Tensor dw2, Tensor db2, Tensor dnorm_weight, Tensor dnorm_bias)");
+
+  // The weights of a decoder, float32: token_embedding (V, C), position_embedding (T, C), final
+  // norm's weight and bias (C), vocabulary's weight (V, C) and bias (V); then, a block, norm (C)
+  // (C), qkv (3C, C) (3C), projection (C, C) (C), norm (C) (C), up (h, C) (h), down (C, h) (C).
+  // format: a value of gpt_ext::WeightFormat (ops/decode.h).
+  m.def(
+      "decode_pack(Tensor[] weights, int heads, int activation, int format, float norm_eps) -> "
+      "Tensor");
+  m.def("decode_fingerprint(Tensor[] tensors) -> int");
+  // rows (3, R) int64: tokens, sequences, positions. keys and values (L, B, H, T', D'), zero at
+  // first, x (R, C'): primes are rounded up to a multiple of 16.
+  m.def(
+      "decode_forward(Tensor(a!) x, Tensor pack, Tensor(b!) keys, Tensor(c!) values, Tensor rows, "
+      "int first_block, int end_block) -> ()");
+  // seen (B, V) uint8, noise (steps, B, V) float32, stop (S) int64 -> tokens (steps, B) int64,
+  // logits (finals, V') of the last step taken.
+  m.def(
+      "decode_generate(Tensor pack, Tensor(a!) keys, Tensor(b!) values, Tensor rows, int finals, "
+      "int steps, float repetition_penalty, float temperature, int top_k, float top_p, "
+      "Tensor(c!)? seen, Tensor? noise, Tensor? stop) -> (Tensor tokens, Tensor logits)");
 }

@@ -5,6 +5,7 @@
 #include "attention_case.h"
 #include "check.h"
 #include "cpu/isa.h"
+#include "decode_case.h"
 #include "ffn_case.h"
 #include "linear_case.h"
 
@@ -88,6 +89,18 @@ TEST(cross_entropy_at_every_level) {
       for (const bool norm : {false, true})
         for (const int64_t vocabulary : {1, 7, 16, 104, 300})
           check_cross_entropy({precision, norm, false, 0, 40, 33, vocabulary});
+  });
+}
+
+TEST(decoding_at_every_level) {
+  at_every_level([] {
+    for (const WeightFormat format :
+         {WeightFormat::kFloat32, WeightFormat::kBFloat16, WeightFormat::kInt8}) {
+      check_decode({format, Activation::kRelu, 37, 40, 42, 2, 3, 100});
+      check_decode({format, Activation::kGelu, 5, 19, 33, 2, 1, 7});
+      check_decode({format, Activation::kGeluTanh, 130, 17, 64, 1, 4, 65});
+      check_decode({format, Activation::kRelu, 1, 3, 5, 1, 5, 1});
+    }
   });
 }
 

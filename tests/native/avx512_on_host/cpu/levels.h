@@ -44,8 +44,28 @@ Floats dpbf16_ps(Floats sum, Pairs a, Pairs b) {
   return sum;
 }
 
+// Each half as AVX2 has it.
+inline __m512i madd_epi16(__m512i a, __m512i b) {
+  __m256i left[2], right[2];
+  std::memcpy(left, &a, sizeof left);
+  std::memcpy(right, &b, sizeof right);
+  for (int i = 0; i < 2; ++i) left[i] = _mm256_madd_epi16(left[i], right[i]);
+  std::memcpy(&a, left, sizeof a);
+  return a;
+}
+
+inline __m512i cvtepi8_epi16(__m256i bytes) {
+  const __m256i words[2] = {_mm256_cvtepi8_epi16(_mm256_castsi256_si128(bytes)),
+                            _mm256_cvtepi8_epi16(_mm256_extracti128_si256(bytes, 1))};
+  __m512i both;
+  std::memcpy(&both, words, sizeof both);
+  return both;
+}
+
 }  // namespace gpt_ext::cpu::avx512_twin
 
+#define _mm512_madd_epi16 gpt_ext::cpu::avx512_twin::madd_epi16
+#define _mm512_cvtepi8_epi16 gpt_ext::cpu::avx512_twin::cvtepi8_epi16
 #define _mm512_maskz_loadu_ps gpt_ext::cpu::avx512_twin::maskz_loadu_ps
 #define _mm512_mask_storeu_ps gpt_ext::cpu::avx512_twin::mask_storeu_ps
 #define _mm512_dpbf16_ps gpt_ext::cpu::avx512_twin::dpbf16_ps

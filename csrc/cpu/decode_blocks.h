@@ -1,0 +1,252 @@
+// Rows of tokens through a decoder's blocks, at one SIMD level. Included once a level by
+// decode_rows.cpp.
+//
+// Each product is cut by its outputs, so that every sum is one rank's and its order is fixed; each
+// rank norms the rows for itself. A block has five barriers: after q, k and v; after attention, cut
+// by rows and heads; after the projection; after the hidden layer; and after its second product.
+
+namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
+
+// The cache of one head of one sequence, packed as weights are: keys with positions for outputs, in
+// panels [T'/16][D][16], and values with dims for outputs, in panels [D'/16][T'][16]; in bfloat16
+// with pairs of dims, and of positions, side by side. So attention is two products.
+template <class Storage>
+struct HeadCache {
+  static constexpr auto kFormat =
+      std::is_same_v<Storage, float> ? WeightFormat::kFloat32 : WeightFormat::kBFloat16;
+  static constexpr int64_t kDepth = Format<kFormat>::kDepth;
+
+  Storage *keys, *values;
+  int64_t dim, positions;  // D, T'
+
+  // x: dims [d, d + count) of the key at `position`.
+  void put_key(int64_t position, int64_t d, int64_t count, const float* x) const {
+    const int64_t steps = (dim + kDepth - 1) / kDepth;
+    Storage* panel = keys + (position / kPanel * steps * kPanel + position % kPanel) * kDepth;
+    for (int64_t i = 0; i < count; ++i)
+      put(panel + (d + i) / kDepth * kPanel * kDepth + (d + i) % kDepth, x[i]);
+  }
+  void put_value(int64_t position, int64_t d, int64_t count, const float* x) const {
+    Storage* step = values + position / kDepth * kPanel * kDepth + position % kDepth;
+    for (int64_t i = 0; i < count; ++i)
+      put(step + (d + i) / kPanel * kPanel * positions + (d + i) % kPanel * kDepth, x[i]);
+  }
+  PackedMatrix key_matrix() const { return matrix(keys, dim, dim, positions / kPanel); }
+  // Of the first n positions.
+  PackedMatrix value_matrix(int64_t n) const {
+    return matrix(values, n, positions, decode_align(dim) / kPanel);
+  }
+
+ private:
+  static void put(float* p, float x) { *p = x; }
+  static void put(bf16* p, float x) { *p = to_bf16(x); }
+  static PackedMatrix matrix(const Storage* data, int64_t depth, int64_t whole_depth,
+                             int64_t panels) {
+    return {reinterpret_cast<const std::byte*>(data),
+            nullptr,
+            nullptr,
+            depth,
+            panels,
+            (whole_depth + kDepth - 1) / kDepth * kDepth * kPanel *
+                static_cast<int64_t>(sizeof(Storage))};
+  }
+};
+
+// Scores of n keys become exp2(factor (s - max)), zeros up to `end`; returns 1 / their sum.
+inline float softmax_row(float* scores, int64_t n, int64_t end, float factor) {
+  std::fill(scores + n, scores + end, -std::numeric_limits<float>::infinity());
+  Vec<float> largest = load(scores), total{};
+  for (int64_t t = 0; t < end; t += kLanes<float>)
+    largest = maximum<float>(largest, load(scores + t));
+  const float max = reduce_max<float>(largest);
+  for (int64_t t = 0; t < end; t += kLanes<float>) {
+    const Vec<float> weight = exp2((load(scores + t) - max) * factor);
+    store(scores + t, weight);
+    total += weight;
+  }
+  return 1 / reduce_sum<float>(total);
+}
+
+struct AttentionScratch {
+  float *scores, *out, *inverse;  // (6, T'), (6, D'), (6)
+  std::byte* rest;                // the products' scratch
+  size_t bytes;
+
+  AttentionScratch(std::byte* memory, int64_t positions, int64_t dim) {
+    Carver carver(memory);
+    scores = carver.take<float>(kTileRows * positions);
+    out = carver.take<float>(kTileRows * decode_align(dim));
+    inverse = carver.take<float>(kTileRows);
+    const size_t products = std::max(ProductScratch(nullptr, positions, kTileRows).bytes,
+                                     ProductScratch(nullptr, dim, kTileRows).bytes);
+    rest = carver.take<std::byte>(static_cast<int64_t>(products));
+    bytes = carver.used();
+  }
+};
+
+template <class Storage>
+class Decoder {
+ public:
+  Decoder(const void* pack, const DecodeCache& cache, int64_t rows, int ranks, bool samples,
+          float* x)
+      : packed_(pack), model_(packed_.model), cache_(cache) {
+    carve(nullptr, rows, ranks, samples);
+    carve(thread_scratch(bytes_), rows, ranks, samples);
+    if (x) x_ = x;
+  }
+
+  // This rank's share of the rows' embeddings.
+  void embed(const Rank& rank, const DecodeRows& rows) const {
+    const int64_t row = x_row();
+    const Range part = rank.part(0, rows.count);
+    for (int64_t i = part.begin; i < part.end; ++i)
+      for (int64_t c = 0; c < row; c += kLanes<float>)
+        store(x_ + i * row + c, load(packed_.token_embedding + rows.token[i] * row + c) +
+                                    load(packed_.position_embedding + rows.position[i] * row + c));
+    rank.meet();
+  }
+
+  // Rows through one block. In the last one only the last `finals` rows matter beyond their keys
+  // and values.
+  void block(const Rank& rank, const DecodeRows& rows, int64_t index, int64_t finals) const {
+    const PackedBlock b = packed_.block(index);
+    const bool last = index + 1 == model_.blocks;
+    const int64_t first = last ? rows.count - finals : 0, count = rows.count - first;
+    const int64_t query_panels = last ? model_.dim / kPanel : 0;  // of queries alone
+    std::byte* scratch = this->scratch(rank);
+    const auto multiply = [&](const ProductRows& in, const PackedMatrix& m, Range panels,
+                              const ProductOut& out) {
+      product(model_.format, in, m, panels, scratch, out);
+    };
+    const auto all = [&](const PackedMatrix& m) { return rank.part(0, m.panel_count); };
+
+    const Range kept = rank.part(query_panels, b.qkv.panel_count);
+    multiply(x_rows(0, rows.count, &b.norm1), b.qkv, kept, {ProductOut::kStore, qkv_, qkv_row()});
+    cache_columns(rows, index, kept);
+    if (count == 0) return;
+    multiply(x_rows(first, count, &b.norm1), b.qkv, rank.part(0, query_panels),
+             {ProductOut::kStore, qkv_ + first * qkv_row(), qkv_row()});
+    rank.meet();
+    attend(rank, rows, index, first);
+    rank.meet();
+    const ProductOut onto_x{ProductOut::kAdd, x_ + first * x_row(), x_row()};
+    multiply({attended_ + first * x_row(), count, x_row(), nullptr, 0}, b.projection,
+             all(b.projection), onto_x);
+    rank.meet();
+    float* hidden = hidden_ + first * hidden_row();
+    multiply(x_rows(first, count, &b.norm2), b.up, all(b.up),
+             {ProductOut::kActivate, hidden, hidden_row(), model_.activation});
+    rank.meet();
+    multiply({hidden, count, hidden_row(), nullptr, 0}, b.down, all(b.down), onto_x);
+    rank.meet();
+  }
+
+  // Logits (finals, V') of the last rows.
+  void logits(const Rank& rank, int64_t rows, int64_t finals, float* out) const {
+    product(model_.format, x_rows(rows - finals, finals, &packed_.norm), packed_.vocab,
+            rank.part(0, packed_.vocab.panel_count), scratch(rank),
+            {ProductOut::kStore, out, decode_align(model_.vocab)});
+    rank.meet();
+  }
+
+  const DecodeModel& model() const { return model_; }
+  std::byte* scratch(const Rank& rank) const { return scratch_ + rank.index * scratch_bytes_; }
+
+ private:
+  int64_t head_dim() const { return model_.dim / model_.heads; }
+  int64_t x_row() const { return decode_align(model_.dim); }
+  int64_t hidden_row() const { return decode_align(model_.hidden); }
+  int64_t qkv_row() const { return decode_align(3 * model_.dim); }
+
+  void carve(std::byte* memory, int64_t rows, int ranks, bool samples) {
+    Carver carver(memory);
+    x_ = carver.take<float>(rows * x_row());
+    qkv_ = carver.take<float>(rows * qkv_row());
+    attended_ = carver.take<float>(rows * x_row());
+    hidden_ = carver.take<float>(rows * hidden_row());
+    scratch_bytes_ = std::max({ProductScratch(nullptr, model_.dim, rows).bytes,
+                               ProductScratch(nullptr, model_.hidden, rows).bytes,
+                               AttentionScratch(nullptr, cache_.positions, head_dim()).bytes,
+                               samples ? SampleScratch(nullptr, model_.vocab).bytes : 0});
+    scratch_bytes_ = (scratch_bytes_ + 63) / 64 * 64;
+    scratch_ = carver.take<std::byte>(ranks * static_cast<int64_t>(scratch_bytes_));
+    bytes_ = carver.used();
+  }
+
+  ProductRows x_rows(int64_t first, int64_t count, const PackedNorm* norm) const {
+    return {x_ + first * x_row(), count, x_row(), norm, static_cast<float>(model_.norm_eps)};
+  }
+
+  HeadCache<Storage> head_cache(int64_t index, int64_t sequence, int64_t h) const {
+    const int64_t head = (index * cache_.sequences + sequence) * model_.heads + h;
+    const int64_t offset = head * cache_.positions * decode_align(head_dim());
+    return {static_cast<Storage*>(cache_.keys) + offset,
+            static_cast<Storage*>(cache_.values) + offset, head_dim(), cache_.positions};
+  }
+
+  // Copies the keys and values among the panels' columns of q, k and v to the cache.
+  void cache_columns(const DecodeRows& rows, int64_t index, Range panels) const {
+    const int64_t dim = model_.dim, end = std::min(panels.end * kPanel, 3 * dim);
+    for (int64_t i = 0; i < rows.count; ++i)
+      for (int64_t c = std::max(panels.begin * kPanel, dim); c < end;) {
+        const int64_t h = c % dim / head_dim(), d = c % head_dim();
+        const int64_t run = std::min(head_dim() - d, end - c);
+        const HeadCache<Storage> cache = head_cache(index, rows.sequence[i], h);
+        const float* x = qkv_ + i * qkv_row() + c;
+        if (c < 2 * dim)
+          cache.put_key(rows.position[i], d, run, x);
+        else
+          cache.put_value(rows.position[i], d, run, x);
+        c += run;
+      }
+  }
+
+  // Rows from `first` on attend, in runs of neighbours of one sequence. Every rank takes every
+  // ranks'th pair of a run and a head, for late rows see more keys than early ones.
+  void attend(const Rank& rank, const DecodeRows& rows, int64_t index, int64_t first) const {
+    int64_t task = 0;
+    for (int64_t i = first, run = 0; i < rows.count; i += run) {
+      for (run = 1; run < kTileRows && i + run < rows.count &&
+                    rows.sequence[i + run] == rows.sequence[i] &&
+                    rows.position[i + run] == rows.position[i] + run;)
+        ++run;
+      for (int64_t h = 0; h < model_.heads; ++h)
+        if (task++ % rank.size == rank.index)
+          attend_run(i, run, rows.position[i], h, head_cache(index, rows.sequence[i], h),
+                     scratch(rank));
+    }
+  }
+
+  // Rows [i, i + run), at `position` and after it.
+  void attend_run(int64_t i, int64_t run, int64_t position, int64_t h,
+                  const HeadCache<Storage>& cache, std::byte* memory) const {
+    const AttentionScratch s(memory, cache.positions, cache.dim);
+    const float factor = static_cast<float>(kLog2E / std::sqrt(static_cast<double>(cache.dim)));
+    const int64_t keys = position + run, panels = (keys + kPanel - 1) / kPanel;
+    product_typed<Format<HeadCache<Storage>::kFormat>>(
+        {qkv_ + i * qkv_row() + h * cache.dim, run, qkv_row(), nullptr, 0}, cache.key_matrix(),
+        {0, panels}, s.rest, {ProductOut::kRaw, s.scores, cache.positions});
+    for (int64_t r = 0; r < run; ++r)
+      s.inverse[r] =
+          softmax_row(s.scores + r * cache.positions, position + r + 1, panels * kPanel, factor);
+    const PackedMatrix values = cache.value_matrix(keys);
+    product_typed<Format<HeadCache<Storage>::kFormat>>(
+        {s.scores, run, cache.positions, nullptr, 0}, values, {0, values.panel_count}, s.rest,
+        {ProductOut::kRaw, s.out, decode_align(cache.dim)});
+    for (int64_t r = 0; r < run; ++r)
+      for_columns<float>(cache.dim, [&](int64_t d, auto part) {
+        store(attended_ + (i + r) * x_row() + h * cache.dim + d,
+              load(s.out + r * decode_align(cache.dim) + d, part) * s.inverse[r], part);
+      });
+  }
+
+  PackedModel packed_;
+  const DecodeModel& model_;
+  DecodeCache cache_;
+  // (R, C') the residual stream, (R, 3 C padded), (R, C'), (R, h')
+  float *x_, *qkv_, *attended_, *hidden_;
+  std::byte* scratch_;  // (ranks, scratch_bytes)
+  size_t scratch_bytes_, bytes_;
+};
+
+}  // namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL

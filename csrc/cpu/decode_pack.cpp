@@ -1,0 +1,195 @@
+// Packs a decoder's weights. The layout is that of decode_pack.h, the same at every SIMD level.
+#include "cpu/decode_pack.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "common/error.h"
+#include "cpu/buffer.h"
+#include "cpu/parallel.h"
+
+namespace gpt_ext {
+namespace cpu {
+namespace {
+
+struct Header {
+  char magic[8];
+  DecodeModel model;
+};
+constexpr char kMagic[8] = {'g', 'p', 't', 'p', 'a', 'c', 'k', '1'};
+
+// Elements of k side by side in a panel, and bytes each.
+struct Element {
+  int64_t depth, bytes;
+};
+Element element_of(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kFloat32:
+      return {1, 4};
+    case WeightFormat::kBFloat16:
+      return {2, 2};
+    case WeightFormat::kInt8:
+      return {2, 1};
+  }
+  throw Error("unknown weight format");
+}
+
+PackedMatrix take_matrix(Carver& carver, WeightFormat format, int64_t outputs, int64_t depth) {
+  const Element element = element_of(format);
+  const int64_t count = decode_align(outputs) / kPanel;
+  const int64_t steps = (depth + element.depth - 1) / element.depth;
+  const int64_t panel_bytes = steps * element.depth * kPanel * element.bytes;
+  PackedMatrix m;
+  m.panels = carver.take<std::byte>(count * panel_bytes);
+  m.scale = carver.take<float>(format == WeightFormat::kInt8 ? count * kPanel : 0);
+  m.bias = carver.take<float>(count * kPanel);
+  m.depth = depth, m.panel_count = count, m.panel_bytes = panel_bytes;
+  return m;
+}
+
+PackedNorm take_norm(Carver& carver, int64_t dim) {
+  const float* weight = carver.take<float>(decode_align(dim));
+  return {weight, carver.take<float>(decode_align(dim))};
+}
+
+PackedBlock take_block(Carver& carver, const DecodeModel& m) {
+  PackedBlock b;
+  b.norm1 = take_norm(carver, m.dim);
+  b.qkv = take_matrix(carver, m.format, 3 * m.dim, m.dim);
+  b.projection = take_matrix(carver, m.format, m.dim, m.dim);
+  b.norm2 = take_norm(carver, m.dim);
+  b.up = take_matrix(carver, m.format, m.hidden, m.dim);
+  b.down = take_matrix(carver, m.format, m.dim, m.hidden);
+  return b;
+}
+
+// The views are of const memory for those who read it; packing alone writes.
+template <class T>
+T* writable(const T* p) {
+  return const_cast<T*>(p);
+}
+
+void copy_padded(const float* source, int64_t rows, int64_t columns, const float* out) {
+  const int64_t padded = decode_align(columns);
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = writable(out) + i * padded;
+    std::copy_n(source + i * columns, columns, row);
+    std::fill(row + columns, row + padded, 0.0f);
+  }
+}
+
+// The 16 outputs from `first` on of w (outputs, depth); value(c, x) is how x of output c is stored.
+template <class T, int64_t kDepth, class Value>
+void pack_panel(T* out, const float* w, int64_t depth, int64_t outputs, int64_t first,
+                const Value& value) {
+  const int64_t columns = std::min(kPanel, outputs - first);
+  const int64_t steps = (depth + kDepth - 1) / kDepth;
+  std::memset(static_cast<void*>(out), 0, steps * kDepth * kPanel * sizeof(T));
+  for (int64_t c = 0; c < columns; ++c) {
+    const float* row = w + (first + c) * depth;
+    for (int64_t k = 0; k < depth; ++k)
+      out[(k / kDepth * kPanel + c) * kDepth + k % kDepth] = value(c, row[k]);
+  }
+}
+
+void pack_matrix(WeightFormat format, const PackedMatrix& m, const float* w, const float* bias,
+                 int64_t outputs) {
+  copy_padded(bias, 1, outputs, m.bias);
+  parallel_for(m.panel_count, 0, [&](int64_t p, std::byte*) {
+    const int64_t first = p * kPanel;
+    std::byte* panel = writable(m.panels) + p * m.panel_bytes;
+    if (format == WeightFormat::kFloat32) {
+      pack_panel<float, 1>(reinterpret_cast<float*>(panel), w, m.depth, outputs, first,
+                           [](int64_t, float x) { return x; });
+    } else if (format == WeightFormat::kBFloat16) {
+      pack_panel<bf16, 2>(reinterpret_cast<bf16*>(panel), w, m.depth, outputs, first,
+                          [](int64_t, float x) { return to_bf16(x); });
+    } else {
+      float* scale = writable(m.scale) + first;
+      float inverse[kPanel];
+      for (int64_t c = 0; c < kPanel; ++c) {
+        float largest = 0;
+        for (int64_t k = 0; k < m.depth && first + c < outputs; ++k)
+          largest = std::max(largest, std::abs(w[(first + c) * m.depth + k]));
+        scale[c] = largest / 127;
+        inverse[c] = largest > 0 ? 127 / largest : 0;
+      }
+      pack_panel<int8_t, 2>(
+          reinterpret_cast<int8_t*>(panel), w, m.depth, outputs, first,
+          [&](int64_t c, float x) { return static_cast<int8_t>(std::lrint(x * inverse[c])); });
+    }
+  });
+}
+
+void pack_norm(const PackedNorm& norm, const float* weight, const float* bias, int64_t dim) {
+  copy_padded(weight, 1, dim, norm.weight);
+  copy_padded(bias, 1, dim, norm.bias);
+}
+
+}  // namespace
+
+PackedModel::PackedModel(const DecodeModel& m, const std::byte* memory)
+    : model(m), memory_(memory) {
+  Carver carver(writable(memory));
+  carver.take<Header>(1);
+  token_embedding = carver.take<float>(m.vocab * decode_align(m.dim));
+  position_embedding = carver.take<float>(m.context * decode_align(m.dim));
+  norm = take_norm(carver, m.dim);
+  vocab = take_matrix(carver, m.format, m.vocab, m.dim);
+  first_block_ = static_cast<int64_t>(carver.used());
+  Carver one_block(nullptr);
+  take_block(one_block, m);
+  block_bytes_ = static_cast<int64_t>(one_block.used());
+}
+
+PackedModel::PackedModel(const void* pack)
+    : PackedModel(static_cast<const Header*>(pack)->model, static_cast<const std::byte*>(pack)) {}
+
+PackedBlock PackedModel::block(int64_t index) const {
+  Carver carver(writable(memory_) + first_block_ + index * block_bytes_);
+  return take_block(carver, model);
+}
+
+}  // namespace cpu
+
+int64_t decode_pack_bytes(Cpu, const DecodeModel& model) {
+  return cpu::PackedModel(model, nullptr).bytes();
+}
+
+void decode_pack(Cpu, const DecodePack& p) {
+  using namespace cpu;
+  const DecodeModel& m = p.model;
+  const DecodeWeights& w = p.weights;
+  Header header{{}, m};
+  std::copy(std::begin(kMagic), std::end(kMagic), header.magic);
+  std::memcpy(p.pack, &header, sizeof header);
+
+  const PackedModel packed(p.pack);
+  copy_padded(w.token_embedding, m.vocab, m.dim, packed.token_embedding);
+  copy_padded(w.position_embedding, m.context, m.dim, packed.position_embedding);
+  pack_norm(packed.norm, w.norm_weight, w.norm_bias, m.dim);
+  pack_matrix(m.format, packed.vocab, w.vocab_weight, w.vocab_bias, m.vocab);
+  for (int64_t i = 0; i < m.blocks; ++i) {
+    const DecodeBlockWeights& from = w.blocks[i];
+    const PackedBlock to = packed.block(i);
+    pack_norm(to.norm1, from.norm1_weight, from.norm1_bias, m.dim);
+    pack_matrix(m.format, to.qkv, from.qkv_weight, from.qkv_bias, 3 * m.dim);
+    pack_matrix(m.format, to.projection, from.projection_weight, from.projection_bias, m.dim);
+    pack_norm(to.norm2, from.norm2_weight, from.norm2_bias, m.dim);
+    pack_matrix(m.format, to.up, from.up_weight, from.up_bias, m.hidden);
+    pack_matrix(m.format, to.down, from.down_weight, from.down_bias, m.dim);
+  }
+}
+
+DecodeModel decode_packed_model(Cpu, DecodeBytes pack) {
+  using namespace cpu;
+  const bool whole = pack.count >= static_cast<int64_t>(sizeof(Header)) &&
+                     std::memcmp(pack.data, kMagic, sizeof kMagic) == 0 &&
+                     pack.count == PackedModel(pack.data).bytes();
+  check(whole, "pack is no pack of a decoder's weights, which decode_pack makes");
+  return static_cast<const Header*>(pack.data)->model;
+}
+
+}  // namespace gpt_ext

@@ -1,0 +1,136 @@
+// Rows of tokens through a decoder's blocks, and tokens drawn from what comes out, on CPUs.
+//
+// One team of threads runs the whole call, many blocks and many tokens.
+
+#ifndef GPT_EXT_SIMD_LEVEL
+
+#include "cpu/decode_pack.h"
+#include "cpu/team.h"
+#include "ops/decode.h"
+
+#define GPT_EXT_KERNEL_FILE "cpu/decode_rows.cpp"
+#include "cpu/foreach_isa.h"
+
+namespace gpt_ext {
+
+void decode_forward(Cpu, const DecodeForward& p) { GPT_EXT_CALL_LEVEL(decode_forward, p); }
+void decode_generate(Cpu, const DecodeGenerate& p) { GPT_EXT_CALL_LEVEL(decode_generate, p); }
+
+}  // namespace gpt_ext
+
+#else
+
+#include "cpu/decode_product.h"
+#include "cpu/decode_sample.h"
+// What builds on them.
+#include "cpu/decode_blocks.h"
+
+namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
+
+// f(Decoder) for the cache's type.
+template <class F>
+void dispatch_cache(DType dtype, const F& f) {
+  if (dtype == DType::kFloat32) return f(std::type_identity<Decoder<float> >{});
+  if (dtype == DType::kBFloat16) return f(std::type_identity<Decoder<bf16> >{});
+  throw Error("a cache is float32 or bfloat16");
+}
+
+void decode_forward(const DecodeForward& p) {
+  dispatch_cache(p.cache.dtype, [&]<class D>(std::type_identity<D>) {
+    const D decoder(p.pack, p.cache, p.rows.count, max_threads(), false, p.x);
+    run_team([&](const Rank& rank) {
+      if (p.first_block == 0) decoder.embed(rank, p.rows);
+      for (int64_t i = p.first_block; i < p.end_block; ++i) decoder.block(rank, p.rows, i, 0);
+    });
+  });
+}
+
+// The sequences that go on: the next row of each.
+class Sequences {
+ public:
+  // Those of the last `count` rows.
+  Sequences(const DecodeRows& rows, int64_t count)
+      : memory_(3 * count),
+        token_(memory_.get()),
+        sequence_(token_ + count),
+        position_(sequence_ + count),
+        count_(count) {
+    const int64_t first = rows.count - count;
+    std::copy_n(rows.token + first, count, token_);
+    std::copy_n(rows.sequence + first, count, sequence_);
+    std::copy_n(rows.position + first, count, position_);
+  }
+  DecodeRows rows() const { return {token_, sequence_, position_, count_}; }
+
+  // Draws a token (B) for each sequence of this rank's part; returns whether all could be drawn.
+  bool draw(const Rank& rank, const DecodeSampling& p, int64_t vocab, float* logits,
+            const float* noise, int64_t* tokens, const SampleScratch& scratch) const {
+    bool drawn = true;
+    const Range part = rank.part(0, count_);
+    for (int64_t i = part.begin; i < part.end; ++i) {
+      const int64_t b = sequence_[i];
+      uint8_t* seen = p.seen ? p.seen + b * vocab : nullptr;
+      tokens[b] = draw_token(p, vocab, logits + i * decode_align(vocab),
+                             noise ? noise + b * vocab : nullptr, seen, scratch);
+      if (tokens[b] < 0)
+        drawn = false;
+      else if (seen)
+        seen[tokens[b]] = 1;
+    }
+    return drawn;
+  }
+
+  // Takes the drawn tokens (B) as next rows; sequences that drew a stop token are left behind.
+  void advance(const DecodeSampling& p, const int64_t* tokens) {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count_; ++i) {
+      const int64_t token = tokens[sequence_[i]];
+      bool stops = false;
+      for (int64_t j = 0; j < p.stops; ++j) stops |= p.stop[j] == token;
+      if (stops) continue;
+      token_[kept] = token;
+      sequence_[kept] = sequence_[i];
+      position_[kept++] = position_[i] + 1;
+    }
+    count_ = kept;
+  }
+
+ private:
+  Buffer<int64_t> memory_;
+  int64_t *token_, *sequence_, *position_;
+  int64_t count_;
+};
+
+void decode_generate(const DecodeGenerate& p) {
+  dispatch_cache(p.cache.dtype, [&]<class D>(std::type_identity<D>) {
+    const D decoder(p.pack, p.cache, p.rows.count, max_threads(), true, nullptr);
+    const int64_t vocab = decoder.model().vocab, sequences = p.cache.sequences;
+    std::fill_n(p.tokens, p.steps * sequences, int64_t{-1});
+    Sequences going(p.rows, p.finals);
+    std::atomic<bool> damaged = false;
+    run_team([&](const Rank& rank) {
+      for (int64_t step = 0; step < p.steps && going.rows().count > 0; ++step) {
+        const DecodeRows rows = step == 0 ? p.rows : going.rows();
+        const int64_t finals = going.rows().count;
+        decoder.embed(rank, rows);
+        for (int64_t i = 0; i < decoder.model().blocks; ++i) decoder.block(rank, rows, i, finals);
+        decoder.logits(rank, rows.count, finals, p.logits);
+        const float* noise = p.sampling.noise;
+        int64_t* tokens = p.tokens + step * sequences;
+        if (!going.draw(rank, p.sampling, vocab, p.logits,
+                        noise ? noise + step * sequences * vocab : nullptr, tokens,
+                        SampleScratch(decoder.scratch(rank), vocab)))
+          damaged = true;
+        rank.meet();
+        if (damaged) break;
+        if (rank.index == 0) going.advance(p.sampling, tokens);
+        rank.meet();
+      }
+    });
+    check(!damaged, "the model's logits are not finite: its weights are damaged");
+  });
+}
+
+}  // namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL
+
+#endif

@@ -1,0 +1,364 @@
+"""The CPU engine behind `GPT.stream`: never stale, many at once, draws given back, accuracy."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gpt_ext import GPT, engine
+from gpt_ext.ops import decode
+from tests.corpus import sentences
+
+SIZES = dict(vocab_size=40, context_length=32, model_dim=48, num_blocks=2, num_heads=4)
+START = torch.zeros(1, 1, dtype=torch.int64)
+FORMS = decode.FORMATS
+
+
+def new_model() -> GPT:
+    """A model of random weights, its logits spread so that no character is sure."""
+    model = GPT(**SIZES).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    return model
+
+
+@pytest.fixture
+def model() -> GPT:
+    return new_model()
+
+
+def greedy(model: GPT, **options: Any) -> Tensor:
+    return model.generate(START, 30, temperature=0, **options)
+
+
+# Each changes the last block's weights in its own way, as users do.
+def step_of_the_optimizer(model: GPT) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.3)
+    model.loss(torch.randint(40, (2, 9)), torch.randint(40, (2, 9))).backward()
+    optimizer.step()
+
+
+def step_of_a_fused_optimizer(model: GPT) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.3, fused=True)
+    model.loss(torch.randint(40, (2, 9)), torch.randint(40, (2, 9))).backward()
+    optimizer.step()
+
+
+def load(model: GPT) -> None:
+    model.load_state_dict(new_model().state_dict())
+
+
+def load_by_assignment(model: GPT) -> None:
+    model.load_state_dict(new_model().state_dict(), assign=True)
+
+
+def edit_data(model: GPT) -> None:
+    model.vocab_projection.weight.data.neg_()
+
+
+def edit_one_number_through_data(model: GPT) -> None:
+    model.vocab_projection.bias.data[int(greedy(model)[0, 5])] -= 100
+
+
+def edit_in_numpy(model: GPT) -> None:
+    model.vocab_projection.weight.detach().numpy()[:] *= -1
+
+
+def replace_data(model: GPT) -> None:
+    model.position_embedding.weight.data = torch.randn(32, 48)
+
+
+def edit_under_no_grad(model: GPT) -> None:
+    with torch.no_grad():
+        model.blocks[-1].feed_forward.down.weight.mul_(-3)
+
+
+def replace_a_parameter(model: GPT) -> None:
+    model.token_embedding.weight = nn.Parameter(torch.randn(40, 48))
+
+
+def replace_a_module(model: GPT) -> None:
+    model.vocab_projection = nn.Linear(48, 40)
+
+
+def change_eps(model: GPT) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 10.0
+
+
+CHANGES = [
+    step_of_the_optimizer, step_of_a_fused_optimizer, load, load_by_assignment, edit_data,
+    edit_one_number_through_data, edit_in_numpy, replace_data, edit_under_no_grad,
+    replace_a_parameter, replace_a_module, change_eps,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_no_change_of_the_weights_goes_unnoticed(
+    model: GPT, change: Callable[[GPT], None], form: decode.WeightFormat
+) -> None:
+    before = greedy(model, dtype=form)
+    change(model)
+    after = greedy(model, dtype=form)
+    fresh = GPT(**SIZES)
+    fresh.load_state_dict(model.state_dict())
+    for module, other in zip(fresh.modules(), model.modules(), strict=True):
+        if isinstance(module, nn.LayerNorm):
+            module.eps = other.eps
+    assert torch.equal(after, greedy(fresh, dtype=form))
+    assert not torch.equal(after, before), "the change was to change the text"
+
+
+def test_a_copy_has_weights_of_its_own(model: GPT) -> None:
+    before = greedy(model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(greedy(twin), before)
+    edit_data(twin)
+    assert not torch.equal(greedy(twin), before)
+    assert torch.equal(greedy(model), before)
+
+
+def test_weights_that_did_not_change_are_packed_once(
+    model: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = engine.engine_for(model, "int8")
+    monkeypatch.setattr(decode, "pack", lambda *_: pytest.fail("packed again"))
+    assert engine.engine_for(model, "int8") is first
+
+
+def test_a_stream_goes_on_with_the_weights_it_began_with(model: GPT) -> None:
+    expected = greedy(model)[0, 1:]
+    tokens = model.stream(START, 30, temperature=0)
+    first = next(tokens)
+    edit_data(model)
+    assert torch.equal(torch.cat([first, *tokens]), expected)
+
+
+def scaled_up(module: nn.Linear, x: Tensor) -> Tensor:
+    return 3 * F.linear(x, module.weight, module.bias)
+
+
+class Louder(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return scaled_up(self, x)
+
+
+def hook(model: GPT) -> None:
+    model.final_norm.register_forward_hook(lambda *_: torch.ones(1, 48))
+
+
+def another_class(model: GPT) -> None:
+    model.vocab_projection.__class__ = Louder
+
+
+@pytest.mark.parametrize("change", [hook, another_class], ids=lambda change: change.__name__)
+def test_what_the_engine_does_not_know_pytorch_does(
+    model: GPT, change: Callable[[GPT], None]
+) -> None:
+    change(model)
+    with pytest.raises(engine.NotPlainError):
+        engine.weights_of(model)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_generators_at_once_give_the_text_they_give_alone(model: GPT) -> None:
+    def text(seed: int, form: decode.WeightFormat) -> Tensor:
+        return model.generate(START, 120, generator=seeded(seed), dtype=form, overflow="reprefill")
+
+    jobs = [(seed, form) for seed in range(4) for form in FORMS]
+    alone = {job: text(*job) for job in jobs}
+    together: dict[Any, Tensor] = {}
+    threads = [
+        threading.Thread(target=lambda job=job: together.update({job: text(*job)})) for job in jobs
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(together[job], alone[job]) for job in jobs)
+
+
+def test_streams_taken_in_turn_give_the_text_they_give_alone(model: GPT) -> None:
+    streams = [model.stream(START, 50, generator=seeded(seed)) for seed in range(3)]
+    in_turn = torch.stack([torch.cat(tokens) for tokens in zip(*streams, strict=True)], dim=1)
+    for seed, text in enumerate(in_turn):
+        assert torch.equal(text, model.generate(START, 50, generator=seeded(seed))[0, 1:])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_generator_a_row_draws_what_the_row_alone_draws(
+    model: GPT, form: decode.WeightFormat
+) -> None:
+    prompts = [torch.randint(40, (length,)) for length in (1, 9, 32, 50)]
+    options: dict[str, Any] = {"dtype": form, "stop": [7], "repetition_penalty": 1.2, "top_k": 20}
+    texts = model.generate(prompts, 60, generator=[seeded(i) for i in range(4)], **options)
+    assert any(int(text[-1]) == 7 for text in texts)
+    for i, prompt in enumerate(prompts):
+        alone = model.generate(prompt[None], 60, generator=seeded(i), **options)[0]
+        assert torch.equal(texts[i], alone[: len(texts[i])])
+        assert torch.equal(texts[i][: len(prompt)], prompt)
+        assert int(texts[i][-1]) == 7 or len(texts[i]) == len(prompt) + 60
+
+
+def test_stop_ends_a_row_and_all_rows_the_stream(model: GPT) -> None:
+    free = model.generate(START.expand(3, 1), 60, generator=seeded(1))[:, 1:]
+    stop = [int(free[0, 20]), int(free[1, 5])]
+    generator = seeded(1)
+    out = torch.stack(list(model.stream(START.expand(3, 1), 60, generator=generator, stop=stop)), 1)
+    ends = [int(torch.isin(row, torch.tensor(stop)).nonzero()[0]) for row in free]
+    assert out.shape[1] == max(ends) + 1 < 60
+    for row, expected, end in zip(out, free, ends, strict=True):
+        assert torch.equal(row[: end + 1], expected[: end + 1])
+        assert (row[end:] == expected[end]).all()
+    # As many random numbers are gone as tokens were drawn.
+    other = seeded(1)
+    list(model.stream(START.expand(3, 1), max(ends) + 1, generator=other))
+    assert torch.equal(generator.get_state(), other.get_state())
+
+
+@pytest.mark.parametrize("used", [1, 2, 17, 40])
+def test_a_stream_closed_early_leaves_the_generator_where_its_tokens_do(
+    model: GPT, used: int
+) -> None:
+    generator, other = seeded(2), seeded(2)
+    tokens = model.stream(START, 1000, generator=generator)
+    taken = [next(tokens) for _ in range(used)]
+    tokens.close()  # type: ignore[attr-defined]
+    assert torch.equal(torch.cat(taken), model.generate(START, used, generator=other)[0, 1:])
+    assert torch.equal(generator.get_state(), other.get_state())
+
+
+def test_a_dropped_stream_leaves_a_generator_alone_that_others_seeded(model: GPT) -> None:
+    tokens = model.stream(START, 1000)
+    for _ in range(20):
+        next(tokens)
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    del tokens
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("stride", [None, 1, 5, 31])
+def test_reprefill_keeps_the_end_of_the_window_and_computes_it_anew(
+    model: GPT, stride: int | None
+) -> None:
+    text = START
+    with torch.no_grad():
+        seen = 1
+        for _ in range(100):
+            if seen > 32:
+                seen = 32 - (8 if stride is None else stride)
+            text = torch.cat((text, model(text[:, -seen:])[:, -1:].argmax(-1)), dim=1)
+            seen += 1
+    ours = model.generate(START, 100, temperature=0, overflow="reprefill", stride=stride)
+    assert torch.equal(ours, text)
+
+
+def test_pytorchs_loop_has_the_same_options(model: GPT) -> None:
+    for options in (
+        {"overflow": "reprefill", "stride": 5}, {"repetition_penalty": 1.5}, {"stop": [3, 8]},
+        {"top_p": 0.8, "temperature": 0.7}, {"generator": [seeded(5), seeded(6)]},
+    ):  # fmt: skip
+        prompt = torch.randint(40, (2, 5))
+        results = []
+        for change in (lambda model: None, add_idle_hook):
+            twin = copy.deepcopy(model)
+            change(twin)
+            kept = {
+                k: [seeded(5), seeded(6)] if k == "generator" else v for k, v in options.items()
+            }
+            torch.manual_seed(3)
+            results.append(twin.generate(prompt, 70, **kept))
+        assert torch.equal(*results), options
+
+
+def add_idle_hook(model: GPT) -> None:
+    model.final_norm.register_forward_hook(lambda *_: None)
+
+
+def test_other_threads_run_meanwhile_and_calls_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT(50, 512, 256, 4, 4).eval()
+    calls: list[float] = []
+
+    def timed(op: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            start = time.thread_time()
+            result = op(*arguments, **options)
+            calls.append(time.thread_time() - start)
+            return result
+
+        return call
+
+    monkeypatch.setattr(decode, "generate", timed(decode.generate))
+    monkeypatch.setattr(decode, "forward", timed(decode.forward))
+    ticks, done = 0, threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not done.wait(0.001):
+            ticks += 1
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    model.generate(torch.randint(50, (1, 512)), 4)
+    done.set()
+    thread.join()
+    assert ticks > 20
+    assert len(calls) > 8, "the prompt is to take several calls"
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[GPT, Tensor, Tensor]:
+    """A small model that has learned, and training and held-out tokens of its text."""
+    torch.manual_seed(0)
+    text = sentences(60_000)
+    vocabulary = sorted(set(text))
+    tokens = torch.tensor([vocabulary.index(c) for c in text])
+    model = GPT(len(vocabulary), 64, 64, 2, 4, dropout=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        starts = torch.randint(50_000, (16,)).tolist()
+        batch = torch.stack([tokens[i : i + 65] for i in starts])
+        optimizer.zero_grad()
+        model.loss(batch[:, :-1], batch[:, 1:]).backward()
+        optimizer.step()
+    return model.eval(), tokens[:50_000], tokens[50_000:]
+
+
+def perplexity(model: GPT, tokens: Tensor, form: decode.WeightFormat) -> float:
+    """Of the held-out tokens, 64 at a time from an empty cache, by the engine's own logits."""
+    config, native = model.config, engine.engine_for(model, form)
+    batch = tokens[: 64 * 65 * 2].view(-1, 65)
+    rows = len(batch)
+    cache = decode.Cache.empty(2, rows, 4, 64, config.model_dim // 4, form)
+    loss = 0.0
+    for t in range(64):
+        at = torch.stack([batch[:, t], torch.arange(rows), torch.full((rows,), t)])
+        _, logits = decode.generate(native.packed, cache, at, rows, 1)
+        logits = logits[:, : config.vocab_size].double()
+        loss += float(F.cross_entropy(logits, batch[:, t + 1]))
+    return float(torch.tensor(loss / 64, dtype=torch.float64).exp())
+
+
+def test_narrow_weights_predict_held_out_text_almost_as_well(
+    trained: tuple[GPT, Tensor, Tensor],
+) -> None:
+    model, _, held_out = trained
+    exact = perplexity(model, held_out, "float32")
+    assert exact < 6, "the model is to have learned something"
+    assert perplexity(model, held_out, "bfloat16") < exact * 1.001
+    assert perplexity(model, held_out, "int8") < exact * 1.005
