@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from gpt_ext import engine
 from gpt_ext.checks import check_token_ids, check_tokens
 from gpt_ext.engine import Sampling
-from gpt_ext.ops import causal_attention
+from gpt_ext.ops import packed_causal_attention
 from gpt_ext.ops.decode import FORMATS, WeightFormat
 
 if TYPE_CHECKING:
@@ -227,14 +227,15 @@ class KVCache:
     def length(self) -> int:
         return 0 if self.keys is None else self.keys.shape[1]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of new tokens over the cached ones and themselves; keeps their k and v.
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Attention of new tokens (B, T, 3, H, D) over the cached ones and themselves.
 
         The first call may bring many tokens; each later one brings one, which sees them all.
         """
+        q, k, v = qkv.unbind(2)
         if self.keys is None or self.values is None:
             self.keys, self.values = k, v
-            return causal_attention(q, k, v)
+            return packed_causal_attention(qkv)
         self.keys = torch.cat((self.keys, k), dim=1)
         self.values = torch.cat((self.values, v), dim=1)
         q, k, v = (t.transpose(1, 2) for t in (q, self.keys, self.values))  # (B, H, T, D)

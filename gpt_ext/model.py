@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gpt_ext import generation, layouts
 from gpt_ext.checks import check_token_ids, check_tokens
-from gpt_ext.ops import Norm, causal_attention, cross_entropy, feed_forward, linear
+from gpt_ext.ops import Norm, cross_entropy, feed_forward, linear, packed_causal_attention
 
 Activation = Literal["relu", "gelu", "gelu_tanh"]
 MAX_HEAD_SIZE = 256  # kMaxHeadDim of csrc/ops/attention.h
@@ -74,12 +74,12 @@ class Attention(nn.Module):
         self.dropout = config.dropout
 
     def forward(
-        self, x: Tensor, norm: Norm, attend: Callable[..., Tensor] = causal_attention
+        self, x: Tensor, norm: Norm, attend: Callable[[Tensor], Tensor] = packed_causal_attention
     ) -> Tensor:
         qkv = linear(x, self.qkv.weight, self.qkv.bias, norm=norm)
-        q, k, v = qkv.view(*x.shape[:2], *self.packed_shape).unbind(2)  # views (B, T, H, D)
+        heads = attend(qkv.view(*x.shape[:2], *self.packed_shape))  # (B, T, H, D)
         return linear(
-            attend(q, k, v).flatten(2), self.projection.weight, self.projection.bias,
+            heads.flatten(2), self.projection.weight, self.projection.bias,
             residual=x, dropout_p=self.dropout if self.training else 0.0,
         )  # fmt: skip
 
@@ -112,7 +112,9 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(config.model_dim)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, attend: Callable[..., Tensor] = causal_attention) -> Tensor:
+    def forward(
+        self, x: Tensor, attend: Callable[[Tensor], Tensor] = packed_causal_attention
+    ) -> Tensor:
         x = self.attention(x, norm_of(self.attention_norm), attend)
         return self.feed_forward(x, norm_of(self.feed_forward_norm))
 

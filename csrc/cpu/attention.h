@@ -1,93 +1,252 @@
 // What attention's forward and backward share on CPUs. Included once a level by level.h.
 //
-// A task owns one head, or a run of its rows. Scores are kept in units of log 2: the queries are
-// loaded multiplied by scale * log2(e), so that exp(s) is exp2 of what the product gives.
+// Scores are taken a block at a time, queries [row, row + 144) against keys [key, key + 144).
+// Below, `ahead` = row - key is 0 for a block on the diagonal, at least 144 for others: query i of
+// the block sees its key j where j <= i + ahead.
 
 namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
-// Keys a block: its panels of K and V (128 x 64 float32, 32 KB each) stay in L2.
-constexpr int64_t kBlockKeys = 128;
-static_assert(kBlockKeys % kTileColumns<float> == 0);
+// Queries, or keys, a block. Whole tiles, so that no tile straddles the edge of a block; and a row
+// of 144 float32 is 9 cache lines, an odd number, so that a column spreads over all sets of L1.
+constexpr int64_t kBlock = 144;
+static_assert(kBlock % kTileRows == 0 && kBlock % kLanes<float> == 0);
+static_assert(kBlock % 4 == 0);  // so that a block of keys begins at a block of Philox
 
-// One head of a (B, T, H, D) tensor, as a (T, D) matrix.
+// Elements a row of what is copied for the products: an odd number of cache lines, too.
+template <class Sum>
+constexpr int64_t row_stride(int64_t dim) {
+  constexpr int64_t kLine = 64 / sizeof(Sum);
+  return ((dim + kLine - 1) / kLine | 1) * kLine;
+}
+
+// One head of a (B, T, H, D) tensor, as a (T, D) matrix. Heads are numbered b * H + h.
 template <class Storage>
-Matrix<Storage> head_matrix(ConstHeads x, int64_t b, int64_t h) {
+Matrix<Storage> head_matrix(ConstHeads x, const AttentionProblem& p, int64_t head) {
+  const int64_t b = head / p.heads, h = head % p.heads;
   return {static_cast<const Storage*>(x.data) + b * x.batch + h * x.head, x.time, 1};
 }
-
-// Rows [t, t + rows) of x (T, dim), times factor: out (rows, padded).
-template <class Sum, class Storage>
-Matrix<Sum> load_rows(Matrix<Storage> x, int64_t t, int64_t rows, int64_t dim, Sum factor,
-                      Sum* out) {
-  const int64_t padded = round_up<Sum>(dim);
-  for (int64_t i = 0; i < rows; ++i)
-    for_columns<Sum>(dim, [&](int64_t c, auto part) {
-      store(out + i * padded + c, load(x.data + (t + i) * x.row + c, part) * factor);
-    });
-  return {out, padded, 1};
+template <class Storage>
+Matrix<Storage> from_row(Matrix<Storage> x, int64_t t) {
+  return {x.data + t * x.row, x.row, x.column};
+}
+template <class Storage>
+Storage* head_data(Heads x, const AttentionProblem& p, int64_t head) {
+  const int64_t b = head / p.heads, h = head % p.heads;
+  return static_cast<Storage*>(x.data) + b * x.batch + h * x.head;
 }
 
-// Rows [0, rows) of x (rows, x_row), times factor, to rows [t, ...) of a head of `out`.
+// Rows [0, rows) of x (., dim) to out (rows, row_stride).
 template <class Sum, class Storage>
-void store_rows(const Sum* x, int64_t x_row, int64_t rows, int64_t dim, Sum factor, Heads out,
-                int64_t b, int64_t h, int64_t t) {
-  Storage* first = static_cast<Storage*>(out.data) + b * out.batch + h * out.head + t * out.time;
+void copy_rows(Matrix<Storage> x, int64_t rows, int64_t dim, Sum* out) {
   for (int64_t i = 0; i < rows; ++i)
     for_columns<Sum>(dim, [&](int64_t c, auto part) {
-      store(first + i * out.time + c, load(x + i * x_row + c, part) * factor, part);
+      store(out + i * row_stride<Sum>(dim) + c, load(x.data + i * x.row + c, part));
     });
 }
 
-// Rows [t, t + rows) of x (T, dim) as B: transposed to (dim, rows), or as they are.
+// Rows [0, rows) of x (., dim) to the columns of out (dim, kBlock), padded with zeros to whole
+// vectors: a square at a time, those at the edges with zeros beyond.
 template <class Sum, class Storage>
-Panels<Elements<Sum>> pack_transposed(Matrix<Storage> x, int64_t t, int64_t rows, int64_t dim,
-                                      Sum* memory) {
-  const Panels<Elements<Sum>> panels{memory, rows, dim};
-  for (int64_t p = 0; p < panels.count(); ++p)
-    pack_panel(panels, p, Matrix<Storage>{x.data + t * x.row, 1, x.row}, dim);
-  return panels;
+void transpose_rows(Matrix<Storage> x, int64_t rows, int64_t dim, Sum* out) {
+  constexpr int64_t kSide = kLanes<Sum>;
+  for (int64_t i = 0; i < rows; i += kSide)
+    for (int64_t c = 0; c < dim; c += kSide) {
+      const Storage* from = x.data + i * x.row + c;
+      Sum* to = out + c * kBlock + i;
+      Vec<Sum> square[kSide] = {};
+      if (i + kSide <= rows && c + kSide <= dim) {
+        for (int64_t r = 0; r < kSide; ++r) square[r] = load(from + r * x.row);
+        transpose<Sum>(square);
+        for (int64_t r = 0; r < kSide; ++r) store(to + r * kBlock, square[r]);
+      } else {
+        const int64_t width = std::min(kSide, dim - c);
+        for (int64_t r = 0; r < std::min(kSide, rows - i); ++r)
+          square[r] = width == kSide ? load(from + r * x.row) : load(from + r * x.row, width);
+        transpose<Sum>(square);
+        for (int64_t r = 0; r < width; ++r) store(to + r * kBlock, square[r]);
+      }
+    }
+}
+
+// Row x (dim), times factor, to a tensor's row.
+template <class Sum, class Storage>
+GPT_EXT_INLINE void store_row(const Sum* x, int64_t dim, Sum factor, Storage* out) {
+  for_columns<Sum>(dim,
+                   [&](int64_t c, auto part) { store(out + c, load(x + c, part) * factor, part); });
 }
 template <class Sum, class Storage>
-Panels<Elements<Sum>> pack_rows(Matrix<Storage> x, int64_t t, int64_t rows, int64_t dim,
-                                Sum* memory) {
-  const Panels<Elements<Sum>> panels{memory, dim, rows};
-  for (int64_t p = 0; p < panels.count(); ++p)
-    pack_panel(panels, p, Matrix<Storage>{x.data + t * x.row, x.row, 1}, rows);
-  return panels;
+void store_rows(const Sum* x, int64_t rows, int64_t dim, Sum factor, Storage* out,
+                int64_t out_row) {
+  for (int64_t i = 0; i < rows; ++i)
+    store_row(x + i * row_stride<Sum>(dim), dim, factor, out + i * out_row);
 }
 
-// Tiles of scores on or below the diagonal: row i of the strip is query first_row + i and column j
-// is key first_key + j. A tile whose first key lies beyond its last query is left alone.
-struct ScoreTiles {
-  int64_t dim, first_row, first_key;
-  Steps operator()(int64_t, int64_t i_end, int64_t j) const {
-    return {0, first_key + j < first_row + i_end ? dim : 0};
-  }
-};
-
-// Products that sum over keys, for rows of queries: no key beyond the tile's last query.
-struct CausalKeys {
-  int64_t keys, first_row, first_key;
-  Steps operator()(int64_t, int64_t i_end, int64_t) const {
-    return {0, std::min(keys, first_row + i_end - first_key)};
-  }
-};
-
-// Products that sum over queries, for rows of keys: no query before the tile's first key.
-struct CausalQueries {
-  int64_t queries, first_row, first_key;
-  Steps operator()(int64_t j, int64_t, int64_t) const {
-    return {std::max<int64_t>(0, first_key + j - first_row), queries};
-  }
-};
-
-// Scales a row of probabilities by what dropout makes of them: 0 or 1 / (1 - p).
+// The first `count` elements of x, and `rest` in place of the others.
 template <class Sum>
-void apply_dropout(const AttentionDropout& dropout, double p, int64_t head, int64_t row,
-                   int64_t first_key, int64_t keys, Sum* x) {
-  const Sum kept = static_cast<Sum>(AttentionDropout::kept_scale(p));
-  for (int64_t j = 0; j < keys; ++j)
-    x[j] = dropout.keep(head, row, first_key + j) ? x[j] * kept : Sum(0);
+GPT_EXT_INLINE Vec<Sum> first_elements_or(Sum rest, Vec<Sum> x, int64_t count) {
+  if (count >= kLanes<Sum>) return x;
+  Vec<Sum> index;
+  for (int i = 0; i < kLanes<Sum>; ++i) index[i] = static_cast<Sum>(i);
+  return index < static_cast<Sum>(count) ? x : broadcast(rest);
+}
+
+// What dropout multiplies the probabilities of keys [first_key, first_key + keys) by, first_key
+// being a multiple of 4: 0 or 1 / (1 - p).
+template <class Sum>
+void attention_dropout_scales(const AttentionProblem& problem, int64_t head, int64_t row,
+                              int64_t first_key, int64_t keys, Sum* scales) {
+  const AttentionDropout mask(*problem.dropout_seed, problem.dropout_p);
+  dropout_scales(mask, problem.dropout_p, AttentionDropout::first_block(head, row), first_key, keys,
+                 scales);
+}
+
+// Brings rows that are needed later into L2 while products are computed, a few a tile: at T = 128
+// waiting for memory would take a quarter of the time.
+class Prefetch {
+ public:
+  explicit Prefetch(int64_t rows) : rows_(rows) {}
+
+  template <class Storage>
+  void add(Matrix<Storage> x, int64_t dim) {
+    if (rows_ == 0) return;
+    const int64_t size = sizeof(Storage);
+    matrices_[count_++] = {reinterpret_cast<const char*>(x.data), x.row * size, dim * size};
+  }
+
+  GPT_EXT_INLINE void a_few_rows() {
+    for (int i = 0; i < kRowsATile && at_ < count_; ++i) {
+      const Bytes& x = matrices_[at_];
+      const char* row = x.data + row_ * x.row;
+      for (int64_t byte = 0; byte < x.width; byte += kLine) __builtin_prefetch(row + byte, 0, kL2);
+      __builtin_prefetch(row + x.width - 1, 0, kL2);
+      if (++row_ == rows_) row_ = 0, ++at_;
+    }
+  }
+
+ private:
+  static constexpr int kL2 = 2;         // __builtin_prefetch's locality
+  static constexpr int kRowsATile = 3;  // about 1000 rows a head and 400 tiles, at T = 128
+  static constexpr int64_t kLine = 64;
+  struct Bytes {
+    const char* data;
+    int64_t row, width;
+  };
+  Bytes matrices_[8];
+  int64_t rows_;
+  int64_t count_ = 0, at_ = 0, row_ = 0;  // matrices; the one, and its row, that come next
+};
+
+// The sum over dim, for the scores of queries [., i_end) and keys [j, .): nothing where every key
+// lies in the future.
+struct ScoreSteps {
+  int64_t dim, ahead;
+  Range operator()(int64_t, int64_t i_end, int64_t j) const {
+    return {0, j < i_end + ahead ? dim : 0};
+  }
+};
+
+// A sum over keys, for queries [., i_end): those that the last of them sees.
+struct KeySteps {
+  int64_t keys, ahead;
+  Range operator()(int64_t, int64_t i_end, int64_t) const {
+    return {0, std::min(keys, i_end + ahead)};
+  }
+};
+
+// A sum over queries, for keys [j, .): those that see the first of them.
+struct QuerySteps {
+  int64_t queries, ahead;
+  Range operator()(int64_t j, int64_t, int64_t) const {
+    return {std::max<int64_t>(0, j - ahead), queries};
+  }
+};
+
+// One tile: a (rows <= 6, steps) times b (steps, kVectors vectors); epilogue(r, c, x) gets the
+// result vector by vector. Rows past the last repeat it, so that the loop has one shape. Rows is a
+// number, or for a full tile, the constant.
+using FullTile = std::integral_constant<int64_t, kTileRows>;
+template <int kVectors, class Rows, class Sum, class Epilogue>
+GPT_EXT_INLINE void multiply_tile(Rows rows, int64_t steps, Matrix<Sum> a, const Sum* b,
+                                  int64_t b_row, const Epilogue& epilogue) {
+  const Sum* row[kTileRows];
+  Vec<Sum> sum[kTileRows][kVectors];
+  for (int r = 0; r < kTileRows; ++r) {
+    row[r] = a.data + std::min<int64_t>(r, rows - 1) * a.row;
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec<Sum>{};
+  }
+  for (int64_t k = 0, offset = 0; k < steps; ++k, offset += a.column, b += b_row) {
+    Vec<Sum> y[kVectors];
+    for (int v = 0; v < kVectors; ++v) y[v] = load(b + v * kLanes<Sum>);
+    for (int r = 0; r < kTileRows; ++r) {
+      const Vec<Sum> x = broadcast(row[r][offset]);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += x * y[v];
+    }
+  }
+  for (int r = 0; r < kTileRows; ++r) {
+    if (r >= rows) break;
+    for (int v = 0; v < kVectors; ++v) epilogue(r, v * kLanes<Sum>, sum[r][v]);
+  }
+}
+
+// a (rows, .) times b (., columns), tile by tile: epilogue(i, j, x) gets the vector from column j
+// on of row i. Rows of b are b_row apart and padded to whole vectors. steps_of(i, i_end, j) is the
+// range of the sum that matters to the tile of rows [i, i_end) from column j on; empty: the tile is
+// left out.
+template <class Sum, class StepsOf, class Epilogue>
+__attribute__((noinline)) void multiply_tiles(int64_t rows, int64_t columns, Matrix<Sum> a,
+                                              const Sum* b, int64_t b_row, const StepsOf& steps_of,
+                                              Prefetch& prefetch, const Epilogue& epilogue) {
+  for (int64_t j = 0; j < columns; j += kTileColumns<Sum>) {
+    const int64_t width = std::min(kTileColumns<Sum>, columns - j);
+    const int64_t vectors = round_up<Sum>(width) / kLanes<Sum>;
+    for (int64_t i = 0; i < rows; i += kTileRows) {
+      const int64_t tile_rows = std::min<int64_t>(kTileRows, rows - i);
+      const Range k = steps_of(i, i + tile_rows, j);
+      if (k.begin >= k.end) continue;
+      prefetch.a_few_rows();
+      const Matrix<Sum> tile{a.data + i * a.row + k.begin * a.column, a.row, a.column};
+      const auto run = [&]<int kVectors>(auto rows_of_tile) __attribute__((always_inline)) {
+        multiply_tile<kVectors>(
+            rows_of_tile, k.end - k.begin, tile, b + k.begin * b_row + j,
+            b_row, [&](int64_t r, int64_t c, Vec<Sum> x) __attribute__((always_inline)) {
+              epilogue(i + r, j + c, x);
+            });
+      };
+      if (vectors == kTileVectors && tile_rows == kTileRows) {
+        run.template operator()<kTileVectors>(FullTile());
+      } else if (vectors == kTileVectors) {
+        run.template operator()<kTileVectors>(tile_rows);
+      } else if (vectors == 1) {
+        run.template operator()<1>(tile_rows);
+      } else if constexpr (kTileVectors == 4) {
+        if (vectors == 2) run.template operator()<2>(tile_rows);
+        if (vectors == 3) run.template operator()<3>(tile_rows);
+      }
+    }
+  }
+}
+
+// Epilogue: c (., row_stride(dim)) = or += the product.
+template <class Sum>
+struct AddTo {
+  Sum* c;
+  int64_t row;
+  bool first;
+  GPT_EXT_INLINE void operator()(int64_t i, int64_t j, Vec<Sum> x) const {
+    Sum* out = c + i * row + j;
+    store(out, first ? x : load(out) + x);
+  }
+};
+
+// work(task, scratch) for every task in [0, tasks), a run of neighbours on one thread where there
+// are many: heads side by side share cache lines, and each fetches the next one's rows. Eight runs
+// a thread, so that none waits long for the last.
+template <class Work>
+void parallel_for_runs(int64_t tasks, size_t scratch_bytes, const Work& work) {
+  const int64_t run = std::clamp<int64_t>(tasks / (8 * max_threads()), 1, 8);
+  parallel_for((tasks + run - 1) / run, scratch_bytes, [&](int64_t i, std::byte* scratch) {
+    for (int64_t task = i * run; task < std::min(tasks, (i + 1) * run); ++task) work(task, scratch);
+  });
 }
 
 }  // namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL

@@ -43,6 +43,7 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/storage.h"
+#include "ops/attention.h"
 
 // Target options from here to GPT_EXT_END_TARGET.
 #define GPT_EXT_PRAGMA(text) _Pragma(#text)

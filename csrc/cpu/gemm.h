@@ -96,8 +96,9 @@ struct Panels {
 // Steps [k, k + steps) of columns [n, n + columns) of x (depth, .), where n is contiguous, to out
 // (steps, out_row); rows are padded with zeros to whole vectors.
 template <class E, class Storage, class Map>
-void join_rows(Matrix<Storage> x, int64_t depth, int64_t k, int64_t steps, int64_t n,
-               int64_t columns, typename E::Operand* out, int64_t out_row, const Map& map) {
+GPT_EXT_INLINE void join_rows(Matrix<Storage> x, int64_t depth, int64_t k, int64_t steps, int64_t n,
+                              int64_t columns, typename E::Operand* out, int64_t out_row,
+                              const Map& map) {
   using Sum = typename E::Sum;
   for (int64_t s = 0; s < steps; ++s)
     for_columns<Sum>(columns, [&](int64_t j, auto part) {
@@ -145,18 +146,6 @@ void transpose_columns(Matrix<Storage> x, int64_t depth, int64_t k, int64_t step
     }
 }
 
-// Packs panel p of B (depth, columns).
-template <class E, class Storage, class Map = Unchanged>
-__attribute__((noinline)) void pack_panel(const Panels<E>& panels, int64_t p, Matrix<Storage> b,
-                                          int64_t depth, const Map& map = {}) {
-  const int64_t first = p * panels.kWidth, width = panels.width(p);
-  const int64_t columns = std::min(width, panels.columns - first);
-  if (b.column == 1)
-    join_rows<E>(b, depth, 0, panels.steps, first, columns, panels.panel(p), width, map);
-  else
-    transpose_columns<E>(b, depth, 0, panels.steps, first, columns, panels.panel(p), width, map);
-}
-
 // A as the micro-kernel reads it: element (i, k) lies at data[i / 6 * tile + i % 6 * row +
 // k * column], 6 being kTileRows.
 template <class T>
@@ -200,42 +189,26 @@ GPT_EXT_INLINE void micro_kernel(int64_t rows, int64_t steps, Tiles<typename E::
   }
 }
 
-struct Steps {
-  int64_t begin, end;
-};
-struct AllSteps {
-  int64_t steps;
-  Steps operator()(int64_t, int64_t, int64_t) const { return {0, steps}; }
-};
-
-// c (rows, b.columns) = or += a b, c's rows being padded to whole vectors. steps_of(i, i_end, j)
-// is the range of k that matters to the tile of rows [i, i_end) from column j on; empty: the tile
-// is left alone. That is how causal attention skips what lies above the diagonal.
-template <class E, class StepsOf>
-__attribute__((noinline)) void multiply(int64_t rows, Tiles<typename E::Operand> a,
-                                        const Panels<E>& b, typename E::Sum* c, int64_t c_row,
-                                        bool accumulate, const StepsOf& steps_of) {
-  for (int64_t p = 0; p < b.count(); ++p) {
-    const int64_t column = p * b.kWidth, width = b.width(p);
-    for (int64_t i = 0; i < rows; i += kTileRows) {
-      const int64_t tile_rows = std::min<int64_t>(kTileRows, rows - i);
-      const Steps k = steps_of(i, i + tile_rows, column);
-      if (k.begin >= k.end) continue;
-      const Tiles<typename E::Operand> tile{a.data + i / kTileRows * a.tile + k.begin * a.column,
-                                            a.tile, a.row, a.column};
-      const auto run = [&]<int kVectors>() __attribute__((always_inline)) {
-        micro_kernel<E, kVectors>(tile_rows, k.end - k.begin, tile, b.panel(p) + k.begin * width,
-                                  c + i * c_row + column, c_row, accumulate);
-      };
-      const int64_t vectors = width / kLanes<typename E::Sum>;
-      if (vectors == kTileVectors) {
-        run.template operator()<kTileVectors>();
-      } else if (vectors == 1) {
-        run.template operator()<1>();
-      } else if constexpr (kTileVectors == 4) {
-        if (vectors == 2) run.template operator()<2>();
-        if (vectors == 3) run.template operator()<3>();
-      }
+// c (rows, width) = or += a (rows, steps) panel (steps, width).
+template <class E>
+__attribute__((noinline)) void multiply_panel(int64_t rows, int64_t steps,
+                                              Tiles<typename E::Operand> a,
+                                              const typename E::Operand* panel, int64_t width,
+                                              typename E::Sum* c, int64_t c_row, bool accumulate) {
+  const int64_t vectors = width / kLanes<typename E::Sum>;
+  for (int64_t i = 0; i < rows; i += kTileRows) {
+    const Tiles<typename E::Operand> tile{a.data + i / kTileRows * a.tile, a.tile, a.row, a.column};
+    const auto run = [&]<int kVectors>() __attribute__((always_inline)) {
+      micro_kernel<E, kVectors>(std::min<int64_t>(kTileRows, rows - i), steps, tile, panel,
+                                c + i * c_row, c_row, accumulate);
+    };
+    if (vectors == kTileVectors) {
+      run.template operator()<kTileVectors>();
+    } else if (vectors == 1) {
+      run.template operator()<1>();
+    } else if constexpr (kTileVectors == 4) {
+      if (vectors == 2) run.template operator()<2>();
+      if (vectors == 3) run.template operator()<3>();
     }
   }
 }
@@ -257,32 +230,46 @@ inline Split split(int64_t n, int64_t largest, int64_t unit) {
   return {size ? (n + size - 1) / size : 0, size};
 }
 
-// Blocks of C, a task each: smaller ones where there would be fewer than 8 tasks a thread, so that
-// no thread waits long for the last; not below 24 rows, nor 64 columns, which repay packing.
+// Blocks of C, a task each: smaller ones where there would be fewer than 4 tasks a thread, so that
+// no thread waits long for the last. First fewer rows, down to 24, for which B is read more often;
+// then fewer columns, down to 64, for which A is packed again.
 inline std::pair<Split, Split> blocks_of_c(int64_t rows, int64_t columns, int64_t panel) {
   int64_t m = kBlockRows, n = kBlockColumns;
   panel = std::max<int64_t>(panel, 4);
-  const int64_t wanted = 8 * max_threads();
+  const int64_t wanted = 4 * max_threads();
   while (split(rows, m, kTileRows).count * split(columns, n, panel).count < wanted) {
-    if (m > 48)
+    if (m > 24)
       m /= 2;
     else if (n > 64)
       n /= 2;
-    else if (m > 24)
-      m /= 2;
     else
       break;
   }
   return {split(rows, m, kTileRows), split(columns, n, panel)};
 }
 
-// Packs B (depth, columns), one of whose strides is 1, into `memory` of Panels<E>::size elements.
+// Packs B (depth, columns), one of whose strides is 1, into `memory` of Panels<E>::size elements: a
+// task reads whole rows of memory, a run of steps or the columns of one panel.
 template <class E, class Storage, class Map = Unchanged>
-Panels<E> pack(Matrix<Storage> b, int64_t depth, int64_t columns, typename E::Operand* memory,
-               const Map& map = {}) {
+__attribute__((noinline)) Panels<E> pack(Matrix<Storage> b, int64_t depth, int64_t columns,
+                                         typename E::Operand* memory, const Map& map = {}) {
+  constexpr int64_t kRun = 64;  // steps a task: some 100 us at GPT-2's width
   const Panels<E> panels{memory, columns, steps_of_depth<E>(depth)};
-  parallel_for(panels.count(), 0,
-               [&](int64_t p, std::byte*) { pack_panel<E>(panels, p, b, depth, map); });
+  const auto columns_of = [&](int64_t p) {
+    return std::min(panels.kWidth, columns - p * panels.kWidth);
+  };
+  if (b.column == 1)
+    parallel_for((panels.steps + kRun - 1) / kRun, 0, [&](int64_t run, std::byte*) {
+      const int64_t k = run * kRun, steps = std::min(kRun, panels.steps - k);
+      for (int64_t p = 0; p < panels.count(); ++p)
+        join_rows<E>(b, depth, k, steps, p * panels.kWidth, columns_of(p),
+                     panels.panel(p) + k * panels.width(p), panels.width(p), map);
+    });
+  else
+    parallel_for(panels.count(), 0, [&](int64_t p, std::byte*) {
+      transpose_columns<E>(b, depth, 0, panels.steps, p * panels.kWidth, columns_of(p),
+                           panels.panel(p), panels.width(p), map);
+    });
   return panels;
 }
 
@@ -384,12 +371,9 @@ __attribute__((noinline)) void gemm_blocks(int64_t rows, const Panels<E>& b,
                  for (int64_t k0 = 0; k0 < b.steps; k0 += k_blocks.size) {
                    const int64_t steps = std::min(k_blocks.size, b.steps - k0);
                    const auto block = tiles(i0, m, k0, steps, a);
-                   for (int64_t p = j0 / b.kWidth; p * b.kWidth < j0 + n; ++p) {
-                     const Panels<E> panel{b.panel(p) + k0 * b.width(p),
-                                           std::min(b.kWidth, b.columns - p * b.kWidth), steps};
-                     multiply<E>(m, block, panel, c + p * b.kWidth - j0, column_blocks.size, k0 > 0,
-                                 AllSteps{steps});
-                   }
+                   for (int64_t p = j0 / b.kWidth; p * b.kWidth < j0 + n; ++p)
+                     multiply_panel<E>(m, steps, block, b.panel(p) + k0 * b.width(p), b.width(p),
+                                       c + p * b.kWidth - j0, column_blocks.size, k0 > 0);
                  }
                  for (int64_t i = 0; i < m; ++i)
                    epilogue(i0 + i, j0, n, c + i * column_blocks.size);

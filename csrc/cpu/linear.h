@@ -42,14 +42,18 @@ void with_dropout_undone(const DOut* dout, int64_t rows, int64_t columns, const 
   if (dropout.p == 0) return f(dout);
   const ResidualDropout mask(*dropout.seed, dropout.p);
   Buffer<Product> g(static_cast<size_t>(rows * columns));
-  parallel_for(rows, columns * sizeof(Sum), [&](int64_t i, std::byte* memory) {
-    auto* scales = reinterpret_cast<Sum*>(memory);
-    dropout_scales(mask, dropout.p, ResidualDropout::first_block(i), 0, columns, scales);
-    for_columns<Sum>(columns, [&](int64_t j, auto part) {
-      const Vec<Sum> y = load(dout + i * columns + j, part) * load(scales + j, part);
-      store(g.get() + i * columns + j, y, part);
-    });
-  });
+  constexpr int64_t kRun = 64;  // rows a task
+  parallel_for(
+      (rows + kRun - 1) / kRun, columns * sizeof(Sum), [&](int64_t run, std::byte* memory) {
+        auto* scales = reinterpret_cast<Sum*>(memory);
+        for (int64_t i = run * kRun; i < std::min(rows, (run + 1) * kRun); ++i) {
+          dropout_scales(mask, dropout.p, ResidualDropout::first_block(i), 0, columns, scales);
+          for_columns<Sum>(columns, [&](int64_t j, auto part) {
+            const Vec<Sum> y = load(dout + i * columns + j, part) * load(scales + j, part);
+            store(g.get() + i * columns + j, y, part);
+          });
+        }
+      });
   f(const_cast<const Product*>(g.get()));
 }
 
@@ -72,26 +76,23 @@ void weight_gradient(const G* g, int64_t o, const X* x, int64_t d, int64_t rows,
   gemm(o, rows, Matrix<G>{g, 1, o}, y, store_to<Sum>(dw, d));
 }
 
-// out[j] = sum_i a[i][j] for a (rows, columns), a strip of columns at a time. Sums of 128 rows are
-// summed in turn: two short sums lose less than a long one.
+// out[j] = sum_i a[i][j] for a (rows, columns): sums of 128 rows, a task each, summed in turn. Two
+// short sums lose less than a long one.
 template <class Storage, class Out>
 void column_sums(const Storage* a, int64_t rows, int64_t columns, Out* out) {
   using Sum = typename Accumulation<Storage>::type;
-  constexpr int64_t kStrip = 64, kRun = 128;
-  parallel_for((columns + kStrip - 1) / kStrip, 0, [&](int64_t strip, std::byte*) {
-    const int64_t j0 = strip * kStrip, n = std::min(kStrip, columns - j0);
-    Sum total[kStrip] = {}, run[kStrip];
-    for (int64_t i0 = 0; i0 < rows; i0 += kRun) {
-      std::fill_n(run, kStrip, Sum(0));
-      for (int64_t i = i0; i < std::min(i0 + kRun, rows); ++i)
-        for_columns<Sum>(n, [&](int64_t j, auto part) {
-          store(run + j, load(run + j, part) + load(a + i * columns + j0 + j, part), part);
-        });
-      for (int64_t j = 0; j < n; ++j) total[j] += run[j];
-    }
-    for_columns<Sum>(
-        n, [&](int64_t j, auto part) { store(out + j0 + j, load(total + j, part), part); });
+  constexpr int64_t kRun = 128;
+  const int64_t runs = (rows + kRun - 1) / kRun, padded = round_up<Sum>(columns);
+  Buffer<Sum> sums(static_cast<size_t>(runs * padded));
+  parallel_for(runs, 0, [&](int64_t run, std::byte*) {
+    Sum* sum = sums.get() + run * padded;
+    std::fill_n(sum, padded, Sum(0));
+    for (int64_t i = run * kRun; i < std::min(rows, (run + 1) * kRun); ++i)
+      for_columns<Sum>(columns, [&](int64_t j, auto part) {
+        store(sum + j, load(sum + j) + load(a + i * columns + j, part));
+      });
   });
+  sum_rows(sums.get(), runs, padded, columns, out);
 }
 
 }  // namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL

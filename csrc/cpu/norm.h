@@ -13,6 +13,16 @@ GPT_EXT_INLINE Sum row_sum(int64_t columns, const F& f) {
   return reduce_sum<Sum>(sum);
 }
 
+// out[j] = sum of a[i * row + j] over rows i, in turn; rows padded to whole vectors.
+template <class Sum, class Out>
+void sum_rows(const Sum* a, int64_t rows, int64_t row, int64_t columns, Out* out) {
+  for_columns<Sum>(columns, [&](int64_t j, auto part) {
+    Vec<Sum> sum{};
+    for (int64_t i = 0; i < rows; ++i) sum += load(a + i * row + j);
+    store(out + j, sum, part);
+  });
+}
+
 // Rows a task: few enough that every thread has some, long enough to repay starting one.
 constexpr int64_t kNormRows = 64;
 
@@ -102,15 +112,8 @@ void norm_backward(const Storage* x, int64_t rows, int64_t columns, const LayerN
       });
     }
   });
-  const auto total = [&](const Sum* first, Storage* out) {
-    for_columns<Sum>(columns, [&](int64_t j, auto part) {
-      Vec<Sum> sum{};
-      for (int64_t task = 0; task < tasks; ++task) sum += load(first + task * 2 * padded + j);
-      store(out + j, sum, part);
-    });
-  };
-  if (dweight) total(sums.get(), dweight);
-  if (dbias) total(sums.get() + padded, dbias);
+  if (dweight) sum_rows(sums.get(), tasks, 2 * padded, columns, dweight);
+  if (dbias) sum_rows(sums.get() + padded, tasks, 2 * padded, columns, dbias);
 }
 
 }  // namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL

@@ -21,6 +21,10 @@ inline std::byte* thread_scratch(size_t bytes) {
   return scratch.get();
 }
 
+struct Range {
+  int64_t begin, end;
+};
+
 inline int max_threads() { return omp_get_max_threads(); }
 
 // Calls work(task, scratch) for every task in [0, tasks), in any order, on any thread; scratch is

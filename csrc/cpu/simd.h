@@ -100,7 +100,8 @@ GPT_EXT_INLINE V keep_part(V x, Whole, T = 0) {
 }
 template <class T, class V>
 GPT_EXT_INLINE V keep_part(V x, int64_t count, T rest = 0) {
-  for (int64_t i = count; i < kLanes<T>; ++i) x[i] = rest;
+  if constexpr (kLanes<T> > 1)
+    for (int64_t i = count; i < kLanes<T>; ++i) x[i] = rest;
   return x;
 }
 
@@ -137,24 +138,28 @@ GPT_EXT_INLINE void store(float* p, Vec<float> x, int64_t count) {
 }
 #endif
 
-// Transposes a square of vectors in place: log2(lanes) rounds, each zipping the first half of the
-// rows with the second.
+// The first halves of a and b, or the second ones, element by element in turn.
 template <int kHalf, class V, size_t... i>
 GPT_EXT_INLINE V zip(V a, V b, std::index_sequence<i...>) {
   constexpr size_t kCount = sizeof...(i);
   return __builtin_shufflevector(a, b, (kHalf * kCount / 2 + i / 2 + i % 2 * kCount)...);
 }
-template <class T>
+
+// Transposes a square of vectors in place: for each bit of a lane's number, rows whose numbers
+// differ in that bit exchange the lanes off the diagonal.
+template <size_t kBit, class V, size_t... i>
+GPT_EXT_INLINE void exchange(V& a, V& b, std::index_sequence<i...>) {
+  constexpr size_t kCount = sizeof...(i);
+  const V lower = __builtin_shufflevector(a, b, (i & kBit ? kCount + i - kBit : i)...);
+  b = __builtin_shufflevector(a, b, (i & kBit ? kCount + i : i + kBit)...);
+  a = lower;
+}
+template <class T, size_t kBit = 1>
 GPT_EXT_INLINE void transpose(Vec<T> (&x)[kLanes<T>]) {
-  constexpr int kCount = kLanes<T>;
-  for (int round = 1; round < kCount; round *= 2) {
-    Vec<T> zipped[kCount];
-    for (int i = 0; i < kCount / 2; ++i) {
-      constexpr std::make_index_sequence<kCount> kLane;
-      zipped[2 * i] = zip<0>(x[i], x[i + kCount / 2], kLane);
-      zipped[2 * i + 1] = zip<1>(x[i], x[i + kCount / 2], kLane);
-    }
-    for (int i = 0; i < kCount; ++i) x[i] = zipped[i];
+  if constexpr (kBit < kLanes<T>) {
+    for (size_t i = 0; i < kLanes<T>; ++i)
+      if (!(i & kBit)) exchange<kBit>(x[i], x[i + kBit], std::make_index_sequence<kLanes<T>>());
+    transpose<T, 2 * kBit>(x);
   }
 }
 

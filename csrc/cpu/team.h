@@ -11,6 +11,8 @@
 #include <immintrin.h>
 #endif
 
+#include "cpu/parallel.h"
+
 namespace gpt_ext::cpu {
 
 class Barrier {
@@ -50,10 +52,6 @@ class Barrier {
   const int size_;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
-};
-
-struct Range {
-  int64_t begin, end;
 };
 
 // One thread's place in the team.

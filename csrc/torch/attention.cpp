@@ -3,15 +3,12 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <optional>
 #include <tuple>
 
 #include "torch/tensor.h"
 
 namespace gpt_ext::binding {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 Heads heads(const Tensor& tensor) {
   return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
@@ -40,15 +37,7 @@ AttentionProblem checked_problem(const Tensor& q, const Tensor& k, const Tensor&
   check_heads(k, "k", q);
   check_heads(v, "v", q);
 
-  check(0 <= dropout_p && dropout_p <= 1, "dropout_p is ", dropout_p, ", expected 0 to 1");
-  const int64_t* seed = nullptr;
-  if (dropout_p > 0) {
-    check(dropout_seed.has_value(), "dropout_seed is None, expected a tensor as dropout_p > 0");
-    check_device(*dropout_seed, "dropout_seed", q);
-    check_type(*dropout_seed, "dropout_seed", ScalarType::Long);
-    check_shape(*dropout_seed, "dropout_seed", {1});
-    seed = static_cast<const int64_t*>(dropout_seed->const_data_ptr());
-  }
+  const int64_t* seed = checked_dropout_seed(dropout_p, dropout_seed, q);
   return {dtype, q.size(0), q.size(1), q.size(2), q.size(3), scale, dropout_p, seed};
 }
 
@@ -70,11 +59,18 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   return {out, lse};
 }
 
+// Part 0, 1 or 2 of a contiguous (B, T, 3, H, D).
+Heads packed_heads(const Tensor& packed, const AttentionProblem& p, int64_t part) {
+  const int64_t row = p.heads * p.dim;
+  const auto element = static_cast<int64_t>(packed.element_size());
+  return {static_cast<char*>(packed.mutable_data_ptr()) + part * row * element, p.time * 3 * row,
+          3 * row, p.dim};
+}
+
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q, const Tensor& k,
-                                            const Tensor& v, const Tensor& out, const Tensor& lse,
-                                            double scale, double dropout_p,
-                                            const OptionalTensor& dropout_seed) {
+Tensor backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                const Tensor& out, const Tensor& lse, double scale, double dropout_p,
+                const OptionalTensor& dropout_seed) {
   const auto problem = checked_problem<Backend>(q, k, v, scale, dropout_p, dropout_seed);
   const ScalarType statistics = accumulation_type(problem.dtype);
   check_heads(dout, "dout", q);
@@ -85,13 +81,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q,
   check_contiguous(lse, "lse");
 
   const OnDevice<Backend> device(q);
-  Tensor dq = new_empty(q, shape_of(q), q.scalar_type());
-  Tensor dk = new_empty(q, shape_of(q), q.scalar_type());
-  Tensor dv = new_empty(q, shape_of(q), q.scalar_type());
+  Tensor dqkv =
+      new_empty(q, {problem.batch, problem.time, 3, problem.heads, problem.dim}, q.scalar_type());
   Tensor delta = new_empty(q, statistics_shape(problem), statistics);
-  attention_backward(device.backend, {.dq = heads(dq),
-                                      .dk = heads(dk),
-                                      .dv = heads(dv),
+  attention_backward(device.backend, {.dq = packed_heads(dqkv, problem, 0),
+                                      .dk = packed_heads(dqkv, problem, 1),
+                                      .dv = packed_heads(dqkv, problem, 2),
                                       .delta = delta.mutable_data_ptr(),
                                       .dout = const_heads(dout),
                                       .q = const_heads(q),
@@ -100,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q,
                                       .out = const_heads(out),
                                       .lse = lse.const_data_ptr(),
                                       .problem = problem});
-  return {dq, dk, dv};
+  return dqkv;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gpt_ext, CPU, m) {

@@ -4,13 +4,13 @@
 
 STABLE_TORCH_LIBRARY(gpt_ext, m) {
   // q, k, v (B, T, H, D), last dim contiguous -> out (B, T, H, D), lse (B, H, T).
-  // dropout_seed: one int64 on q's device, required where dropout_p > 0.
+  // dropout_seed: one int64 on q's device, required where dropout_p > 0. dqkv (B, T, 3, H, D).
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, float scale, float dropout_p, "
       "Tensor? dropout_seed) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "float scale, float dropout_p, Tensor? dropout_seed) -> (Tensor dq, Tensor dk, Tensor dv)");
+      "float scale, float dropout_p, Tensor? dropout_seed) -> Tensor dqkv");
 
   // Parameters are of one dtype, the stream's; products read, and give, `product`, which is the
   // same, or bfloat16 where the stream is float32 (ops/linear.h). x (..., d) is the stream's where

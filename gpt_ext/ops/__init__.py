@@ -1,8 +1,15 @@
 """The ops: native kernels for CPU and CUDA behind ordinary differentiable PyTorch functions."""
 
-from gpt_ext.ops.attention import causal_attention
+from gpt_ext.ops.attention import causal_attention, packed_causal_attention
 from gpt_ext.ops.cross_entropy import cross_entropy
 from gpt_ext.ops.ffn import feed_forward
 from gpt_ext.ops.linear import Norm, linear
 
-__all__ = ["Norm", "causal_attention", "cross_entropy", "feed_forward", "linear"]
+__all__ = [
+    "Norm",
+    "causal_attention",
+    "cross_entropy",
+    "feed_forward",
+    "linear",
+    "packed_causal_attention",
+]

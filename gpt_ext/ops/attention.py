@@ -1,4 +1,4 @@
-"""Causal multi-head attention: fake kernels, autograd Function, public call.
+"""Causal multi-head attention: fake kernels, autograd Function, public calls.
 
 The kernels are csrc/cpu/attention_*.cpp and csrc/cuda/attention_*.cu, the raw ops
 torch.ops.gpt_ext.attention_forward and attention_backward.
@@ -6,7 +6,7 @@ torch.ops.gpt_ext.attention_forward and attention_backward.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from gpt_ext.ops import _functional
 from gpt_ext.ops.philox import attention_keep_mask
 
 MAX_HEAD_DIM = 256
+
+_FORWARD = torch.ops.gpt_ext.attention_forward.default
+_BACKWARD = torch.ops.gpt_ext.attention_backward.default
 
 
 @torch.library.register_fake("gpt_ext::attention_forward")
@@ -38,8 +41,9 @@ def _(
     scale: float,
     dropout_p: float,
     dropout_seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+) -> Tensor:
+    batch, time, heads, dim = q.shape
+    return q.new_empty((batch, time, 3, heads, dim))
 
 
 def _plain_attention(
@@ -55,23 +59,25 @@ def _plain_attention(
         if dropout_seed is not None:
             keep = attention_keep_mask(dropout_seed, dropout_p, batch, heads, time)
             kept_scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
-            probabilities = probabilities * (keep * kept_scale)
+            probabilities = probabilities * (keep.to(dtype) * kept_scale)
         return torch.einsum("bhij,bjhd->bihd", probabilities, v.to(dtype)).to(q.dtype)
 
 
+def _heads(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (B, T, H, D), from themselves or from one packed (B, T, 3, H, D)."""
+    q, k, v = inputs if len(inputs) == 3 else inputs[0].unbind(2)
+    return q, k, v
+
+
 class _CausalAttention(torch.autograd.Function):
+    """Of q, k, v, or of one packed tensor, whose gradient is then one packed tensor, too."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        dropout_p: float,
-        dropout_seed: Tensor | None,
+        ctx: Any, scale: float, dropout_p: float, dropout_seed: Tensor | None, *inputs: Tensor
     ) -> Tensor:
-        out, lse = torch.ops.gpt_ext.attention_forward(q, k, v, scale, dropout_p, dropout_seed)
-        ctx.save_for_backward(q, k, v, out, lse, dropout_seed)
+        out, lse = _FORWARD(*_heads(inputs), scale, dropout_p, dropout_seed)
+        ctx.save_for_backward(out, lse, dropout_seed, *inputs)
         ctx.scale, ctx.dropout_p = scale, dropout_p
         ctx.set_materialize_grads(False)
         return out
@@ -79,22 +85,35 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
         if dout is None:
-            return (None,) * 6
-        q, k, v, out, lse, seed = ctx.saved_tensors
+            return (None,) * len(ctx.needs_input_grad)
+        out, lse, seed, *inputs = ctx.saved_tensors
+        options = ctx.scale, ctx.dropout_p, seed
+        grads: Sequence[Tensor]
         if torch.is_grad_enabled():
-            plain = functools.partial(
-                _plain_attention, scale=ctx.scale, dropout_p=ctx.dropout_p, dropout_seed=seed
-            )
-            grads = torch.func.vjp(plain, q, k, v)[1](dout)
+            grads = torch.func.vjp(
+                lambda *inputs: _plain_attention(*_heads(inputs), *options), *inputs
+            )[1](dout)
         else:
-            grads = torch.ops.gpt_ext.attention_backward(
-                dout.contiguous(), q, k, v, out, lse, ctx.scale, ctx.dropout_p, seed
-            )
-        return *grads, None, None, None
+            dqkv = _BACKWARD(dout.contiguous(), *_heads(inputs), out, lse, *options)
+            grads = dqkv.unbind(2) if len(inputs) == 3 else [dqkv]
+        return None, None, None, *grads
 
 
-def _contiguous_last_dim(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _call(name: str, inputs: Sequence[Tensor], scale: float | None, dropout_p: float) -> Tensor:
+    """Attention of checked inputs, the first of which has this name."""
+    first = inputs[0]
+    dim = first.shape[-1]
+    if not 1 <= dim <= MAX_HEAD_DIM:
+        raise ValueError(f"{name} has head size D = {dim}, expected 1 to {MAX_HEAD_DIM}")
+    if scale is None:
+        scale = dim**-0.5
+    seed = _functional.draw_dropout_seed(dropout_p, first.device)
+    if _functional.transforms_active():
+        return _plain_attention(*_heads(inputs), scale, dropout_p, seed)
+    inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in inputs]
+    if _functional.needs_grad(*inputs):
+        return _CausalAttention.apply(scale, dropout_p, seed, *inputs)
+    return _FORWARD(*_heads(inputs), scale, dropout_p, seed)[0]
 
 
 def causal_attention(
@@ -127,19 +146,31 @@ def causal_attention(
     q, k, v = _functional.prepare(q=q, k=k, v=v)
     if q.dim() != 4:
         raise ValueError(f"q has shape {tuple(q.shape)}, expected (B, T, H, D)")
-    if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
-        raise ValueError(f"q has head size D = {q.shape[-1]}, expected 1 to {MAX_HEAD_DIM}")
     _functional.check_shape("k", k, q.shape, "q's shape (B, T, H, D)")
     _functional.check_shape("v", v, q.shape, "q's shape (B, T, H, D)")
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p is {dropout_p}, expected 0 to 1")
+    return _call("q", (q, k, v), scale, dropout_p)
 
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    seed = torch.randint(2**63 - 1, (1,), device=q.device) if dropout_p > 0 else None
-    if _functional.transforms_active():
-        return _plain_attention(q, k, v, scale, dropout_p, seed)
-    q, k, v = _contiguous_last_dim(q), _contiguous_last_dim(k), _contiguous_last_dim(v)
-    if _functional.needs_grad(q, k, v):
-        return _CausalAttention.apply(q, k, v, scale, dropout_p, seed)
-    return torch.ops.gpt_ext.attention_forward(q, k, v, scale, dropout_p, seed)[0]
+
+def packed_causal_attention(
+    qkv: Tensor, *, scale: float | None = None, dropout_p: float = 0.0
+) -> Tensor:
+    """causal_attention(q, k, v) of one packed tensor: qkv[:, :, 0] is q, then come k and v.
+
+    The same numbers, bit for bit; the gradient of qkv is one tensor, written in place by backward.
+
+    Args:
+        qkv: (B, T, 3, H, D), such as a linear layer's output (B, T, 3 H D) unflattened; otherwise
+            as causal_attention's q, k and v.
+        scale, dropout_p: as causal_attention's.
+
+    Returns:
+        (B, T, H, D), contiguous, of qkv's dtype (autocast's, under autocast).
+
+    Raises:
+        TypeError: qkv is no tensor, or of a wrong dtype.
+        ValueError: a shape, device or value is wrong.
+    """
+    (qkv,) = _functional.prepare(qkv=qkv)
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}, expected (B, T, 3, H, D)")
+    return _call("qkv", (qkv,), scale, dropout_p)

@@ -40,6 +40,7 @@ TEST(attention_at_every_level) {
       }
     }
     check_attention(Cpu{}, {DType::kFloat32, 1, 257, 1, 42, HeadsLayout::kHeadMajor});
+    check_attention(Cpu{}, {DType::kFloat32, 1, 500, 1, 20, HeadsLayout::kPacked, 0.1});
   });
 }
 
@@ -104,7 +105,7 @@ TEST(decoding_at_every_level) {
 }
 
 TEST(the_number_of_threads_changes_no_bit) {
-  const AttentionCase a{DType::kFloat32, 2, 150, 3, 42, HeadsLayout::kPacked, 0.1};
+  const AttentionCase a{DType::kFloat32, 1, 300, 3, 42, HeadsLayout::kPacked, 0.1};
   const FfnCase f{DType::kFloat32, Activation::kGelu, 300, 50, 200};
   const AttentionInputs attention = attention_inputs(a);
   const FfnInputs ffn = ffn_inputs(f);

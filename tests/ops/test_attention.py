@@ -10,12 +10,12 @@ from compare import assert_as_good_as_torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt_ext.ops import causal_attention
+from gpt_ext.ops import causal_attention, packed_causal_attention
 
 RAW_FORWARD = torch.ops.gpt_ext.attention_forward
 RAW_BACKWARD = torch.ops.gpt_ext.attention_backward
 
-TIMES = [1, 2, 17, 31, 33, 64, 127, 128, 129, 257]
+TIMES = [1, 2, 17, 31, 33, 64, 128, 144, 145, 300]  # the CPU's blocks are of 144, CUDA's of 64
 HEAD_DIMS = [1, 7, 8, 42, 64, 80, 128, 200, 256]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 if torch.cuda.is_available():
@@ -102,6 +102,34 @@ def test_packed_views_are_read_in_place(device: str) -> None:
     assert out.is_contiguous()
 
 
+@pytest.mark.parametrize("shape", [(2, 70, 3, 42), (1, 1, 1, 1), (0, 5, 2, 8)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"scale": 0.7, "dropout_p": 0.3}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_is_the_same_attention(
+    dtype: torch.dtype, options: dict, shape: tuple[int, ...], backend: str
+) -> None:
+    skip_half_on_cpu(dtype, backend)
+    inputs = packed(*shape, backend, dtype)
+    dout = torch.randn(shape, device=backend, dtype=dtype)
+    separate = reference.with_gradients(checked(seed=3, **options), inputs, dout)
+    one = checked(packed_causal_attention, seed=3, **options)
+    out, dqkv = reference.with_gradients(one, [torch.stack(inputs, 2)], dout)
+    for ours, other in zip((out, *dqkv.unbind(2)), separate, strict=True):
+        assert torch.equal(ours, other)
+    assert dqkv.is_contiguous()
+
+
+def test_the_packed_tensor_is_copied_neither_way(device: str) -> None:
+    qkv = torch.randn(2, 9, 3, 3, 8, device=device, requires_grad=True)
+    with RecordedOps() as ops:
+        out = packed_causal_attention(qkv)
+        torch.autograd.grad(out, qkv, torch.ones_like(out))
+    ops.names.remove("aten::ones_like")
+    views = {"aten::unbind.int", "aten::detach"}
+    expected = ["gpt_ext::attention_forward", "gpt_ext::attention_backward"]
+    assert [name for name in ops.names if name not in views] == expected
+
+
 STRIDED = {
     "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
     "time first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
@@ -149,7 +177,7 @@ def test_the_future_changes_nothing_before_it(now: int, dtype: torch.dtype, back
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 257, 1, 42), (3, 129, 3, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 300, 1, 42), (3, 129, 3, 64), (5, 450, 2, 8)], ids=str)
 def test_threads_change_nothing(shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
     inputs = packed(*shape, backend, dtype)
     dout = torch.randn(shape, device=backend, dtype=dtype)
@@ -187,7 +215,7 @@ def test_dropout_values_and_gradients(backend: str) -> None:
     dout = torch.randn_like(q)
     seed_tensor = torch.tensor([seed], device=backend)
     out, lse = RAW_FORWARD(q, k, v, 0.25, p, seed_tensor)
-    grads = RAW_BACKWARD(dout, q, k, v, out, lse, 0.25, p, seed_tensor)
+    grads = RAW_BACKWARD(dout, q, k, v, out, lse, 0.25, p, seed_tensor).unbind(2)
     factor = reference.attention_keep_mask(seed, p, 2, 2, 34).double() / (1 - p)
     exact = reference.exact(
         lambda *t: reference.attention(*t, scale=0.25, factor=factor), (q, k, v), dout
@@ -240,13 +268,13 @@ def test_dropout_of_everything(backend: str) -> None:
 # Gradients of the gradients
 
 
-def checked(*, seed: int | None = None, **options):
-    """causal_attention as gradcheck needs it: the same dropout mask at every call."""
+def checked(attention=causal_attention, *, seed: int | None = None, **options):
+    """The function as comparisons need it: the same dropout mask at every call."""
 
     def function(*inputs: Tensor) -> Tensor:
         if seed is not None:
             torch.manual_seed(seed)
-        return causal_attention(*inputs, **options)
+        return attention(*inputs, **options)
 
     return function
 
@@ -257,6 +285,10 @@ def test_gradcheck(options: dict, device: str) -> None:
     function = checked(**options)
     assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(function, inputs)
+    function = checked(packed_causal_attention, **options)
+    qkv = torch.stack([t.detach() for t in inputs], 2).requires_grad_()
+    assert torch.autograd.gradcheck(function, qkv, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, qkv)
 
 
 def test_gradcheck_of_one_tensor_in_three_places(device: str) -> None:
@@ -309,6 +341,23 @@ def test_wrong_arguments(case: str) -> None:
     arguments, options, error, message = WRONG[case]
     with pytest.raises(error, match=message):
         causal_attention(*arguments, **options)
+
+
+WRONG_PACKED = {
+    "no tensor": (None, {}, TypeError, "qkv is NoneType, expected a torch.Tensor"),
+    "dtype": (torch.ones(2, 5, 3, 3, 4).int(), {}, TypeError, "qkv has dtype torch.int32, expect"),
+    "rank": (X, {}, ValueError, r"qkv has shape \(2, 5, 3, 4\), expected \(B, T, 3, H, D\)"),
+    "not three": (X[None], {}, ValueError, r"qkv has shape \(1, 2, 5, 3, 4\), expected \(B, T, 3"),
+    "head size": (torch.ones(1, 1, 3, 1, 0), {}, ValueError, "qkv has head size D = 0, expected"),
+    "dropout": (torch.ones(1, 1, 3, 1, 2), {"dropout_p": 2}, ValueError, "dropout_p is 2, expect"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_PACKED)
+def test_wrong_packed_arguments(case: str) -> None:
+    qkv, options, error, message = WRONG_PACKED[case]
+    with pytest.raises(error, match=message):
+        packed_causal_attention(qkv, **options)
 
 
 SEED = torch.tensor([1])

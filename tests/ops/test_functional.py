@@ -27,6 +27,7 @@ from gpt_ext.ops import (
     cross_entropy,
     feed_forward,
     linear,
+    packed_causal_attention,
 )
 
 
@@ -89,12 +90,23 @@ def loss_reference(x: Tensor, w: Tensor, b: Tensor, *norm: Tensor) -> Tensor:
     return x * reference.cross_entropy(logits, targets_for(x).flatten())
 
 
+def packed_reference(qkv: Tensor) -> Tensor:
+    return reference.attention(*qkv.unbind(2))
+
+
 NETWORK = [(2, 5, 4), (6, 4), (6,), (4, 6), (4,)]
 OPS = {
     "attention": Op(
         causal_attention,
         reference.attention,
         [(2, 5, 2, 4)] * 3,
+        "attention_forward",
+        "attention_backward",
+    ),
+    "packed": Op(
+        packed_causal_attention,
+        packed_reference,
+        [(2, 5, 3, 2, 4)],
         "attention_forward",
         "attention_backward",
     ),
@@ -270,7 +282,7 @@ class Block(torch.nn.Module):
         )  # fmt: skip
         norms = [Norm(norm.weight, norm.bias, norm.eps) for norm in self.norms]
         packed = linear(x, qkv.weight, qkv.bias, norm=norms[0]).view(*x.shape[:2], 3, 2, 4)
-        heads = causal_attention(*packed.unbind(2), dropout_p=p).flatten(2)
+        heads = packed_causal_attention(packed, dropout_p=p).flatten(2)
         x = linear(heads, projection.weight, projection.bias, residual=x, dropout_p=p)
         weights = first.weight, first.bias, second.weight, second.bias
         return feed_forward(x, *weights, norm=norms[1], dropout_p=p)
