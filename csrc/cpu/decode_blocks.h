@@ -87,11 +87,11 @@ struct AttentionScratch {
 template <class Storage>
 class Decoder {
  public:
-  Decoder(const void* pack, const DecodeCache& cache, int64_t rows, int ranks, bool samples,
-          float* x)
+  // The residual stream is x, or, where that is null, the decoder's own.
+  Decoder(const void* pack, const DecodeCache& cache, int64_t rows, int ranks, float* x)
       : packed_(pack), model_(packed_.model), cache_(cache) {
-    carve(nullptr, rows, ranks, samples);
-    carve(thread_scratch(bytes_), rows, ranks, samples);
+    carve(nullptr, rows, ranks);
+    carve(thread_scratch(bytes_), rows, ranks);
     if (x) x_ = x;
   }
 
@@ -158,7 +158,7 @@ class Decoder {
   int64_t hidden_row() const { return decode_align(model_.hidden); }
   int64_t qkv_row() const { return decode_align(3 * model_.dim); }
 
-  void carve(std::byte* memory, int64_t rows, int ranks, bool samples) {
+  void carve(std::byte* memory, int64_t rows, int ranks) {
     Carver carver(memory);
     x_ = carver.take<float>(rows * x_row());
     qkv_ = carver.take<float>(rows * qkv_row());
@@ -167,7 +167,7 @@ class Decoder {
     scratch_bytes_ = std::max({ProductScratch(nullptr, model_.dim, rows).bytes,
                                ProductScratch(nullptr, model_.hidden, rows).bytes,
                                AttentionScratch(nullptr, cache_.positions, head_dim()).bytes,
-                               samples ? SampleScratch(nullptr, model_.vocab).bytes : 0});
+                               SampleScratch(nullptr, model_.vocab).bytes});
     scratch_bytes_ = (scratch_bytes_ + 63) / 64 * 64;
     scratch_ = carver.take<std::byte>(ranks * static_cast<int64_t>(scratch_bytes_));
     bytes_ = carver.used();

@@ -110,10 +110,13 @@ void pack_matrix(WeightFormat format, const PackedMatrix& m, const float* w, con
       float* scale = writable(m.scale) + first;
       float inverse[kPanel];
       for (int64_t c = 0; c < kPanel; ++c) {
-        float largest = 0;
-        for (int64_t k = 0; k < m.depth && first + c < outputs; ++k)
-          largest = std::max(largest, std::abs(w[(first + c) * m.depth + k]));
-        scale[c] = largest / 127;
+        float largest = 0, none = 0;  // 0 w is 0 for what is finite, else NaN, which maxima lose
+        for (int64_t k = 0; k < m.depth && first + c < outputs; ++k) {
+          const float x = w[(first + c) * m.depth + k];
+          largest = std::max(largest, std::abs(x));
+          none += x * 0.0f;
+        }
+        scale[c] = largest / 127 + none;
         inverse[c] = largest > 0 ? 127 / largest : 0;
       }
       pack_panel<int8_t, 2>(

@@ -20,24 +20,26 @@ void decode_generate(Cpu, const DecodeGenerate& p) { GPT_EXT_CALL_LEVEL(decode_g
 
 #else
 
+// clang-format off: each builds on those before it
+#include "cpu/decode_format.h"
 #include "cpu/decode_product.h"
 #include "cpu/decode_sample.h"
-// What builds on them.
 #include "cpu/decode_blocks.h"
+// clang-format on
 
 namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
-// f(Decoder) for the cache's type.
+// f(float{}) or f(bf16{}): the type of the cache's elements.
 template <class F>
 void dispatch_cache(DType dtype, const F& f) {
-  if (dtype == DType::kFloat32) return f(std::type_identity<Decoder<float> >{});
-  if (dtype == DType::kBFloat16) return f(std::type_identity<Decoder<bf16> >{});
+  if (dtype == DType::kFloat32) return f(float{});
+  if (dtype == DType::kBFloat16) return f(bf16{});
   throw Error("a cache is float32 or bfloat16");
 }
 
 void decode_forward(const DecodeForward& p) {
-  dispatch_cache(p.cache.dtype, [&]<class D>(std::type_identity<D>) {
-    const D decoder(p.pack, p.cache, p.rows.count, max_threads(), false, p.x);
+  dispatch_cache(p.cache.dtype, [&](auto zero) {
+    const Decoder<decltype(zero)> decoder(p.pack, p.cache, p.rows.count, max_threads(), p.x);
     run_team([&](const Rank& rank) {
       if (p.first_block == 0) decoder.embed(rank, p.rows);
       for (int64_t i = p.first_block; i < p.end_block; ++i) decoder.block(rank, p.rows, i, 0);
@@ -102,8 +104,8 @@ class Sequences {
 };
 
 void decode_generate(const DecodeGenerate& p) {
-  dispatch_cache(p.cache.dtype, [&]<class D>(std::type_identity<D>) {
-    const D decoder(p.pack, p.cache, p.rows.count, max_threads(), true, nullptr);
+  dispatch_cache(p.cache.dtype, [&](auto zero) {
+    const Decoder<decltype(zero)> decoder(p.pack, p.cache, p.rows.count, max_threads(), nullptr);
     const int64_t vocab = decoder.model().vocab, sequences = p.cache.sequences;
     std::fill_n(p.tokens, p.steps * sequences, int64_t{-1});
     Sequences going(p.rows, p.finals);

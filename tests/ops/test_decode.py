@@ -282,14 +282,17 @@ def test_a_stop_token_ends_its_sequence_alone() -> None:
         assert (tokens[end:, b] == -1).all()
 
 
+@pytest.mark.parametrize("form", decode.FORMATS)
 @pytest.mark.parametrize("damage", [math.nan, math.inf])
-@pytest.mark.parametrize("place", [0, 5, -1])
-def test_weights_that_are_not_finite_give_an_error(damage: float, place: int) -> None:
-    model = Model()
-    model.weights[place].fill_(damage)
-    rows = torch.tensor([[0], [0], [0]])
-    with pytest.raises(RuntimeError, match="the model's logits are not finite: its weights are"):
-        decode.generate(model.packed(), model.cache(1), rows, 1, 3)
+def test_a_weight_that_is_not_finite_gives_an_error(
+    damage: float, form: decode.WeightFormat
+) -> None:
+    for place in range(len(Model().weights)):
+        model = Model()
+        model.weights[place].view(-1)[0] = damage  # of token 0, position 0, output 0
+        rows = torch.tensor([[0], [0], [0]])
+        with pytest.raises(RuntimeError, match="the model's logits are not finite: its weights"):
+            decode.generate(model.packed(form), model.cache(1, form), rows, 1, 3)
 
 
 def test_no_change_of_the_bytes_keeps_the_fingerprint() -> None:
