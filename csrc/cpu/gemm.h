@@ -233,7 +233,10 @@ inline Split split(int64_t n, int64_t largest, int64_t unit) {
 // Blocks of C, a task each: smaller ones where there would be fewer than 4 tasks a thread, so that
 // no thread waits long for the last. First fewer rows, down to 24, for which B is read more often;
 // then fewer columns, down to 64, for which A is packed again.
-inline std::pair<Split, Split> blocks_of_c(int64_t rows, int64_t columns, int64_t panel) {
+struct BlocksOfC {
+  Split rows, columns;
+};
+inline BlocksOfC blocks_of_c(int64_t rows, int64_t columns, int64_t panel) {
   int64_t m = kBlockRows, n = kBlockColumns;
   panel = std::max<int64_t>(panel, 4);
   const int64_t wanted = 4 * max_threads();
@@ -351,32 +354,32 @@ __attribute__((noinline)) void gemm_blocks(int64_t rows, const Panels<E>& b,
   using Sum = typename E::Sum;
   // Sums must not depend on how many threads there are: only the blocks of C may.
   const Split k_blocks = split(b.steps, kBlockSteps, 1);
-  const auto [row_blocks, column_blocks] = blocks_of_c(rows, b.columns, b.kWidth);
-  const int64_t block_size = row_blocks.size * column_blocks.size;
+  const BlocksOfC blocks = blocks_of_c(rows, b.columns, b.kWidth);
+  const int64_t block_size = blocks.rows.size * blocks.columns.size;
   const auto carve = [&](std::byte* memory) {
     Carver carver(memory);
     auto* c = carver.take<Sum>(block_size);
-    auto* a = carver.take<Operand>(row_blocks.size *
+    auto* a = carver.take<Operand>(blocks.rows.size *
                                    (round_up<Operand>(k_blocks.size) + kLanes<Operand>));
     return std::tuple{c, a, carver.used()};
   };
-  parallel_for(row_blocks.count * column_blocks.count, std::get<2>(carve(nullptr)),
+  parallel_for(blocks.rows.count * blocks.columns.count, std::get<2>(carve(nullptr)),
                [&](int64_t task, std::byte* memory) {
                  const auto [c, a, used] = carve(memory);
-                 const int64_t i0 = task / column_blocks.count * row_blocks.size,
-                               j0 = task % column_blocks.count * column_blocks.size;
-                 const int64_t m = std::min(row_blocks.size, rows - i0),
-                               n = std::min(column_blocks.size, b.columns - j0);
+                 const int64_t i0 = task / blocks.columns.count * blocks.rows.size,
+                               j0 = task % blocks.columns.count * blocks.columns.size;
+                 const int64_t m = std::min(blocks.rows.size, rows - i0),
+                               n = std::min(blocks.columns.size, b.columns - j0);
                  if (b.steps == 0) std::fill_n(c, block_size, Sum(0));
                  for (int64_t k0 = 0; k0 < b.steps; k0 += k_blocks.size) {
                    const int64_t steps = std::min(k_blocks.size, b.steps - k0);
                    const auto block = tiles(i0, m, k0, steps, a);
                    for (int64_t p = j0 / b.kWidth; p * b.kWidth < j0 + n; ++p)
                      multiply_panel<E>(m, steps, block, b.panel(p) + k0 * b.width(p), b.width(p),
-                                       c + p * b.kWidth - j0, column_blocks.size, k0 > 0);
+                                       c + p * b.kWidth - j0, blocks.columns.size, k0 > 0);
                  }
                  for (int64_t i = 0; i < m; ++i)
-                   epilogue(i0 + i, j0, n, c + i * column_blocks.size);
+                   epilogue(i0 + i, j0, n, c + i * blocks.columns.size);
                });
 }
 
