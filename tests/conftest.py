@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 # Before torch loads OpenMP: waiting threads sleep, so that a busy machine does not slow the tests.
@@ -12,6 +13,9 @@ import pytest
 import torch
 
 from gpt_ext import _C
+
+# A shell's background job ignores Ctrl-C, and so would the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DEVICES = [
     "cpu",
