@@ -81,15 +81,6 @@ void store_rows(const Sum* x, int64_t rows, int64_t dim, Sum factor, Storage* ou
     store_row(x + i * row_stride<Sum>(dim), dim, factor, out + i * out_row);
 }
 
-// The first `count` elements of x, and `rest` in place of the others.
-template <class Sum>
-GPT_EXT_INLINE Vec<Sum> first_elements_or(Sum rest, Vec<Sum> x, int64_t count) {
-  if (count >= kLanes<Sum>) return x;
-  Vec<Sum> index;
-  for (int i = 0; i < kLanes<Sum>; ++i) index[i] = static_cast<Sum>(i);
-  return index < static_cast<Sum>(count) ? x : broadcast(rest);
-}
-
 // What dropout multiplies the probabilities of keys [first_key, first_key + keys) by, first_key
 // being a multiple of 4: 0 or 1 / (1 - p).
 template <class Sum>
@@ -161,33 +152,6 @@ struct QuerySteps {
   }
 };
 
-// One tile: a (rows <= 6, steps) times b (steps, kVectors vectors); epilogue(r, c, x) gets the
-// result vector by vector. Rows past the last repeat it, so that the loop has one shape. Rows is a
-// number, or for a full tile, the constant.
-using FullTile = std::integral_constant<int64_t, kTileRows>;
-template <int kVectors, class Rows, class Sum, class Epilogue>
-GPT_EXT_INLINE void multiply_tile(Rows rows, int64_t steps, Matrix<Sum> a, const Sum* b,
-                                  int64_t b_row, const Epilogue& epilogue) {
-  const Sum* row[kTileRows];
-  Vec<Sum> sum[kTileRows][kVectors];
-  for (int r = 0; r < kTileRows; ++r) {
-    row[r] = a.data + std::min<int64_t>(r, rows - 1) * a.row;
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec<Sum>{};
-  }
-  for (int64_t k = 0, offset = 0; k < steps; ++k, offset += a.column, b += b_row) {
-    Vec<Sum> y[kVectors];
-    for (int v = 0; v < kVectors; ++v) y[v] = load(b + v * kLanes<Sum>);
-    for (int r = 0; r < kTileRows; ++r) {
-      const Vec<Sum> x = broadcast(row[r][offset]);
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += x * y[v];
-    }
-  }
-  for (int r = 0; r < kTileRows; ++r) {
-    if (r >= rows) break;
-    for (int v = 0; v < kVectors; ++v) epilogue(r, v * kLanes<Sum>, sum[r][v]);
-  }
-}
-
 // a (rows, .) times b (., columns), tile by tile: epilogue(i, j, x) gets the vector from column j
 // on of row i. Rows of b are b_row apart and padded to whole vectors. steps_of(i, i_end, j) is the
 // range of the sum that matters to the tile of rows [i, i_end) from column j on; empty: the tile is
@@ -198,30 +162,20 @@ __attribute__((noinline)) void multiply_tiles(int64_t rows, int64_t columns, Mat
                                               Prefetch& prefetch, const Epilogue& epilogue) {
   for (int64_t j = 0; j < columns; j += kTileColumns<Sum>) {
     const int64_t width = std::min(kTileColumns<Sum>, columns - j);
-    const int64_t vectors = round_up<Sum>(width) / kLanes<Sum>;
     for (int64_t i = 0; i < rows; i += kTileRows) {
       const int64_t tile_rows = std::min<int64_t>(kTileRows, rows - i);
       const Range k = steps_of(i, i + tile_rows, j);
       if (k.begin >= k.end) continue;
       prefetch.a_few_rows();
       const Matrix<Sum> tile{a.data + i * a.row + k.begin * a.column, a.row, a.column};
-      const auto run = [&]<int kVectors>(auto rows_of_tile) __attribute__((always_inline)) {
-        multiply_tile<kVectors>(
-            rows_of_tile, k.end - k.begin, tile, b + k.begin * b_row + j,
-            b_row, [&](int64_t r, int64_t c, Vec<Sum> x) __attribute__((always_inline)) {
-              epilogue(i + r, j + c, x);
-            });
-      };
-      if (vectors == kTileVectors && tile_rows == kTileRows) {
-        run.template operator()<kTileVectors>(FullTile());
-      } else if (vectors == kTileVectors) {
-        run.template operator()<kTileVectors>(tile_rows);
-      } else if (vectors == 1) {
-        run.template operator()<1>(tile_rows);
-      } else if constexpr (kTileVectors == 4) {
-        if (vectors == 2) run.template operator()<2>(tile_rows);
-        if (vectors == 3) run.template operator()<3>(tile_rows);
-      }
+      with_tile_shape<Sum>(
+          tile_rows, width, [&]<int kVectors>(auto tile_rows) __attribute__((always_inline)) {
+            multiply_tile<Elements<Sum>, kVectors>(
+                tile_rows, k.end - k.begin, tile, b + k.begin * b_row + j,
+                b_row, [&](int64_t r, int64_t c, Vec<Sum> x) __attribute__((always_inline)) {
+                  epilogue(i + r, j + c, x);
+                });
+          });
     }
   }
 }
@@ -238,15 +192,10 @@ struct AddTo {
   }
 };
 
-// work(task, scratch) for every task in [0, tasks), a run of neighbours on one thread where there
-// are many: heads side by side share cache lines, and each fetches the next one's rows. Eight runs
-// a thread, so that none waits long for the last.
-template <class Work>
-void parallel_for_runs(int64_t tasks, size_t scratch_bytes, const Work& work) {
-  const int64_t run = std::clamp<int64_t>(tasks / (8 * max_threads()), 1, 8);
-  parallel_for((tasks + run - 1) / run, scratch_bytes, [&](int64_t i, std::byte* scratch) {
-    for (int64_t task = i * run; task < std::min(tasks, (i + 1) * run); ++task) work(task, scratch);
-  });
+// Tasks a run, one thread's: heads side by side share cache lines, and each fetches the next one's
+// rows. Eight runs a thread, so that none waits long for the last.
+inline int64_t tasks_a_run(int64_t tasks) {
+  return std::clamp<int64_t>(tasks / (8 * max_threads()), 1, 8);
 }
 
 }  // namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL

@@ -93,7 +93,7 @@ void backward_block(const AttentionProblem& problem, const BackwardScratch<Sum>&
       rows, keys, q, s.k_t, kBlock, scores,
       prefetch, [&](int64_t i, int64_t j, Vec<Sum> x) __attribute__((always_inline)) {
         const Vec<Sum> p = exp2(x * scale - lse[i] * Sum(kLog2E));
-        store(s.p + i * kBlock + j, first_elements_or<Sum>(0, p, i + ahead + 1 - j));
+        store(s.p + i * kBlock + j, keep_part<Sum>(p, i + ahead + 1 - j));
       });
   multiply_tiles(
       rows, keys, dout, s.v_t, kBlock, scores,
@@ -184,7 +184,7 @@ void attention_backward_typed(const AttentionBackward& p) {
             memory);
     });
   } else {
-    parallel_for_runs(heads, bytes, [&](int64_t head, std::byte* memory) {
+    parallel_for_runs(heads, tasks_a_run(heads), bytes, [&](int64_t head, std::byte* memory) {
       run(head, {{0, time}, {0, time}, true, true}, memory);
     });
   }

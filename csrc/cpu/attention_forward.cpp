@@ -75,8 +75,7 @@ void forward_block(const AttentionProblem& problem, const ForwardScratch<Sum>& s
       rows, keys, Matrix<Sum>{s.q + at * stride, stride, 1}, s.k_t, kBlock, ScoreSteps{dim, ahead},
       prefetch, [&](int64_t i, int64_t j, Vec<Sum> x) __attribute__((always_inline)) {
         constexpr Sum kMasked = -std::numeric_limits<Sum>::infinity();
-        store(s.scores + i * kBlock + j,
-              first_elements_or<Sum>(kMasked, x * scale, i + ahead + 1 - j));
+        store(s.scores + i * kBlock + j, keep_part<Sum>(x * scale, i + ahead + 1 - j, kMasked));
       });
   for (int64_t i = 0; i < rows; ++i) {
     // What the product below reads: keys up to the last query of this row's tile.
@@ -143,8 +142,9 @@ void attention_forward_typed(const AttentionForward& p) {
   // Eight blocks a task repay copying K and V for each; one, where there is little to share out.
   const int64_t task_rows = heads * blocks < 32 * max_threads() ? kBlock : 8 * kBlock;
   const int64_t tasks_a_head = (time + task_rows - 1) / task_rows;
+  const int64_t tasks = heads * tasks_a_head;
   const size_t bytes = ForwardScratch<Sum>(nullptr, std::min(time, task_rows), p.problem.dim).bytes;
-  parallel_for_runs(heads * tasks_a_head, bytes, [&](int64_t task, std::byte* memory) {
+  parallel_for_runs(tasks, tasks_a_run(tasks), bytes, [&](int64_t task, std::byte* memory) {
     const int64_t first = (tasks_a_head - 1 - task / heads) * task_rows;  // longest first
     attention_forward_task<Storage>(p, task % heads, first, std::min(time, first + task_rows),
                                     memory);

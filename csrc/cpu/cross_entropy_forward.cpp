@@ -57,30 +57,21 @@ void cross_entropy_forward_typed(const CrossEntropyForward& p) {
   Buffer<Product> unwanted(p.dlogits ? 0 : static_cast<size_t>(rows * vocab));
   auto* z = p.dlogits ? static_cast<Product*>(p.dlogits) : unwanted.get();  // (N, V)
 
-  const auto logits = [&](const auto* x, const auto& map) {  // x (N, d)
-    Buffer<typename E::Operand> packed(Panels<E>::size(d, vocab));
-    const auto w_t = pack_forward<E>(w, vocab, d, packed.get());
-    const Matrix<std::remove_cvref_t<decltype(*x)> > a{x, d, 1};
-    gemm(rows, d, a, w_t, store_to<Sum>(z, vocab, b), map);
-  };
-  if (p.norm.weight) {
-    norm_statistics<Sum>(static_cast<const Stream*>(p.x), rows, d, p.norm);
-    logits(static_cast<const Stream*>(p.x), Normalized<Stream>(p.norm));
-  } else {
-    logits(static_cast<const Product*>(p.x), Unchanged{});
-  }
+  Buffer<typename E::Operand> packed(Panels<E>::size(d, vocab));
+  const auto w_t = pack_forward<E>(w, vocab, d, packed.get());
+  with_normed_input<Stream, Product>(p.x, rows, d, p.norm, [&](auto x, const auto& map) {
+    gemm(rows, d, x, w_t, store_to<Sum>(z, vocab, b), map);
+  });
 
   int64_t count = 0;
   for (int64_t i = 0; i < rows; ++i) count += p.targets[i] != p.ignore_index;
   Buffer<Sum> losses(static_cast<size_t>(rows));
-  parallel_for((rows + kLossRows - 1) / kLossRows, 0, [&](int64_t task, std::byte*) {
-    for (int64_t i = task * kLossRows; i < std::min(rows, (task + 1) * kLossRows); ++i) {
-      losses.get()[i] = 0;
-      if (p.targets[i] != p.ignore_index)
-        losses.get()[i] = row_loss(z + i * vocab, vocab, p.targets[i], Sum(1) / Sum(count));
-      else
-        std::fill_n(z + i * vocab, vocab, Product{});
-    }
+  parallel_for_runs(rows, kLossRows, 0, [&](int64_t i, std::byte*) {
+    losses.get()[i] = 0;
+    if (p.targets[i] != p.ignore_index)
+      losses.get()[i] = row_loss(z + i * vocab, vocab, p.targets[i], Sum(1) / Sum(count));
+    else
+      std::fill_n(z + i * vocab, vocab, Product{});
   });
   double total = 0;
   for (int64_t i = 0; i < rows; ++i) total += losses.get()[i];

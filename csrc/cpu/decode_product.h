@@ -55,14 +55,7 @@ struct ProductRows {
 
 // Layer norm of x (dim), padding included: its weight and bias are zero.
 inline void normalise(const float* x, int64_t dim, const PackedNorm& norm, float eps, float* out) {
-  Vec<float> total{}, squares{};
-  for (int64_t c = 0; c < decode_align(dim); c += kLanes<float>) total += load(x + c);
-  const float mean = reduce_sum<float>(total) / static_cast<float>(dim);
-  for_columns<float>(dim, [&](int64_t c, auto part) {
-    const Vec<float> centred = load(x + c, part) - mean;
-    squares += keep_part<float>(centred * centred, part);
-  });
-  const float rstd = 1 / std::sqrt(reduce_sum<float>(squares) / static_cast<float>(dim) + eps);
+  const auto [mean, rstd] = row_statistics<float>(x, dim, eps);
   for (int64_t c = 0; c < decode_align(dim); c += kLanes<float>)
     store(out + c, (load(x + c) - mean) * rstd * load(norm.weight + c) + load(norm.bias + c));
 }

@@ -75,21 +75,13 @@ void ffn_gradients(const FfnBackward& p, const G* g, const Map& map) {
   const int64_t rows = p.problem.rows, d = p.problem.model_dim, h = p.problem.hidden_dim;
   const auto* x = static_cast<const X*>(p.x);          // (N, d)
   const auto* dz = static_cast<const Product*>(p.dz);  // (N, h)
-  const bool norm_wanted = p.dnorm_weight || p.dnorm_bias;
   Buffer<typename E::Operand> packed(
       std::max({Panels<E>::size(d, h), Panels<E>::size(h, d), Panels<E>::size(rows, d)}));
 
-  if (p.dx || norm_wanted || p.dw1 || p.db1) hidden_gradient<Stream, Product>(p, g, packed.get());
-  if (p.dx || norm_wanted) {
-    Buffer<X> unwanted(p.dx ? 0 : static_cast<size_t>(rows * d));
-    X* dx = p.dx ? static_cast<X*>(p.dx) : unwanted.get();  // (N, d), dy at first
-    const auto b = pack_backward<E>(static_cast<const Stream*>(p.w1), h, d, packed.get());
-    gemm(rows, h, Matrix<Product>{dz, h, 1}, b, store_to<typename E::Sum>(dx, d));
-    if constexpr (!std::is_same_v<Map, Unchanged>)
-      norm_backward<Stream>(x, rows, d, p.norm, static_cast<const Stream*>(p.dout), dx,
-                            static_cast<Stream*>(p.dnorm_weight),
-                            static_cast<Stream*>(p.dnorm_bias));
-  }
+  if (p.dx || p.dnorm_weight || p.dnorm_bias || p.dw1 || p.db1)
+    hidden_gradient<Stream, Product>(p, g, packed.get());
+  input_gradient<E, X>(p, dz, h, static_cast<const Stream*>(p.w1), d, rows,
+                       static_cast<const Stream*>(p.dout), packed.get(), map);
   if (p.dw1) weight_gradient<E>(dz, h, x, d, rows, static_cast<Stream*>(p.dw1), packed.get(), map);
   if (p.dw2) second_weight_gradient<Stream, Product>(p, g, packed.get());
   if (p.db1) column_sums(dz, rows, h, static_cast<Stream*>(p.db1));

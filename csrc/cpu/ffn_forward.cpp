@@ -32,8 +32,7 @@ void ffn_forward_typed(const FfnForward& p) {
   auto* hidden = static_cast<Product*>(p.hidden);     // (N, h)
   Buffer<typename E::Operand> packed(std::max(Panels<E>::size(d, h), Panels<E>::size(h, d)));
 
-  const auto first = [&](const auto* x, const auto& map) {  // x (N, d)
-    const Matrix<std::remove_cvref_t<decltype(*x)> > a{x, d, 1};
+  with_normed_input<Stream, Product>(p.x, rows, d, p.norm, [&](auto x, const auto& map) {
     const auto w1_t = pack_forward<E>(w1, h, d, packed.get());
     dispatch_activation(p.problem.activation, [&](auto activation) {
       constexpr Activation kActivation = activation();
@@ -45,23 +44,18 @@ void ffn_forward_typed(const FfnForward& p) {
           store(hidden + at, activate<kActivation, Sum>(biased), part);
         });
       };
-      gemm(rows, d, a, w1_t, epilogue, map);
+      gemm(rows, d, x, w1_t, epilogue, map);
     });
-  };
-  const auto second = [&](const auto& epilogue) {
-    const auto w2_t = pack_forward<E>(w2, d, h, packed.get());
-    gemm(rows, h, Matrix<Product>{hidden, h, 1}, w2_t, epilogue);
-  };
+  });
 
-  if (p.norm.weight) {
-    const auto* x = static_cast<const Stream*>(p.x);
-    norm_statistics<Sum>(x, rows, d, p.norm);
-    first(x, Normalized<Stream>(p.norm));
-    second(add_to_residual<Sum>(static_cast<Stream*>(p.out), d, b2, x, p.dropout));
-  } else {
-    first(static_cast<const Product*>(p.x), Unchanged{});
-    second(store_to<Sum>(static_cast<Product*>(p.out), d, b2));
-  }
+  const auto w2_t = pack_forward<E>(w2, d, h, packed.get());
+  const Matrix<Product> a{hidden, h, 1};
+  if (p.norm.weight)
+    gemm(rows, h, a, w2_t,
+         add_to_residual<Sum>(static_cast<Stream*>(p.out), d, b2, static_cast<const Stream*>(p.x),
+                              p.dropout));
+  else
+    gemm(rows, h, a, w2_t, store_to<Sum>(static_cast<Product*>(p.out), d, b2));
 }
 
 void ffn_forward(const FfnForward& p) {

@@ -158,34 +158,47 @@ struct Tiles {
   Tiles(Matrix<T> a) : Tiles(a.data, kTileRows * a.row, a.row, a.column) {}  // a as it is
 };
 
-// c (rows <= 6, kVectors vectors) = or += a (rows, steps) panel (steps, width = kVectors vectors).
-// Rows past the last repeat it, so that the loop has one shape.
-template <class E, int kVectors>
-GPT_EXT_INLINE void micro_kernel(int64_t rows, int64_t steps, Tiles<typename E::Operand> a,
-                                 const typename E::Operand* panel, typename E::Sum* c,
-                                 int64_t c_row, bool accumulate) {
+// One tile: a (rows <= 6, steps) times b (steps, kVectors vectors), whose rows are b_row apart;
+// epilogue(r, c, x) gets the result vector by vector. Rows past the last repeat it, so that the
+// loop has one shape. Rows is a number, or for a full tile, the constant.
+template <class E, int kVectors, class Rows, class Epilogue>
+GPT_EXT_INLINE void multiply_tile(Rows rows, int64_t steps, Matrix<typename E::Operand> a,
+                                  const typename E::Operand* b, int64_t b_row,
+                                  const Epilogue& epilogue) {
   using Sum = typename E::Sum;
-  constexpr int kWidth = kVectors * kLanes<Sum>;
   const typename E::Operand* row[kTileRows];
   Vec<Sum> sum[kTileRows][kVectors];
   for (int r = 0; r < kTileRows; ++r) {
     row[r] = a.data + std::min<int64_t>(r, rows - 1) * a.row;
     for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec<Sum>{};
   }
-  for (int64_t k = 0, offset = 0; k < steps; ++k, offset += a.column, panel += kWidth) {
-    Vec<typename E::Operand> b[kVectors];
-    for (int v = 0; v < kVectors; ++v) std::memcpy(&b[v], panel + v * kLanes<Sum>, sizeof b[v]);
+  for (int64_t k = 0, offset = 0; k < steps; ++k, offset += a.column, b += b_row) {
+    Vec<typename E::Operand> y[kVectors];
+    for (int v = 0; v < kVectors; ++v) std::memcpy(&y[v], b + v * kLanes<Sum>, sizeof y[v]);
     for (int r = 0; r < kTileRows; ++r) {
       const Vec<typename E::Operand> x = broadcast(row[r][offset]);
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = E::multiply_add(x, b[v], sum[r][v]);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = E::multiply_add(x, y[v], sum[r][v]);
     }
   }
   for (int r = 0; r < kTileRows; ++r) {
     if (r >= rows) break;
-    for (int v = 0; v < kVectors; ++v) {
-      Sum* out = c + r * c_row + v * kLanes<Sum>;
-      store(out, accumulate ? load(out) + sum[r][v] : sum[r][v]);
-    }
+    for (int v = 0; v < kVectors; ++v) epilogue(r, v * kLanes<Sum>, sum[r][v]);
+  }
+}
+
+// f<kVectors>(rows) for a tile of so many rows and columns; rows is a constant for a full tile.
+template <class Sum, class F>
+GPT_EXT_INLINE void with_tile_shape(int64_t rows, int64_t columns, const F& f) {
+  const int64_t vectors = round_up<Sum>(columns) / kLanes<Sum>;
+  if (vectors == kTileVectors && rows == kTileRows) {
+    f.template operator()<kTileVectors>(std::integral_constant<int64_t, kTileRows>());
+  } else if (vectors == kTileVectors) {
+    f.template operator()<kTileVectors>(rows);
+  } else if (vectors == 1) {
+    f.template operator()<1>(rows);
+  } else if constexpr (kTileVectors == 4) {
+    if (vectors == 2) f.template operator()<2>(rows);
+    if (vectors == 3) f.template operator()<3>(rows);
   }
 }
 
@@ -195,21 +208,18 @@ __attribute__((noinline)) void multiply_panel(int64_t rows, int64_t steps,
                                               Tiles<typename E::Operand> a,
                                               const typename E::Operand* panel, int64_t width,
                                               typename E::Sum* c, int64_t c_row, bool accumulate) {
-  const int64_t vectors = width / kLanes<typename E::Sum>;
+  using Sum = typename E::Sum;
   for (int64_t i = 0; i < rows; i += kTileRows) {
-    const Tiles<typename E::Operand> tile{a.data + i / kTileRows * a.tile, a.tile, a.row, a.column};
-    const auto run = [&]<int kVectors>() __attribute__((always_inline)) {
-      micro_kernel<E, kVectors>(std::min<int64_t>(kTileRows, rows - i), steps, tile, panel,
-                                c + i * c_row, c_row, accumulate);
+    const Matrix<typename E::Operand> tile{a.data + i / kTileRows * a.tile, a.row, a.column};
+    const auto to_c = [&](int64_t r, int64_t j, Vec<Sum> x) __attribute__((always_inline)) {
+      Sum* out = c + (i + r) * c_row + j;
+      store(out, accumulate ? load(out) + x : x);
     };
-    if (vectors == kTileVectors) {
-      run.template operator()<kTileVectors>();
-    } else if (vectors == 1) {
-      run.template operator()<1>();
-    } else if constexpr (kTileVectors == 4) {
-      if (vectors == 2) run.template operator()<2>();
-      if (vectors == 3) run.template operator()<3>();
-    }
+    with_tile_shape<Sum>(
+        std::min<int64_t>(kTileRows, rows - i),
+        width, [&]<int kVectors>(auto tile_rows) __attribute__((always_inline)) {
+          multiply_tile<E, kVectors>(tile_rows, steps, tile, panel, kVectors * kLanes<Sum>, to_c);
+        });
   }
 }
 

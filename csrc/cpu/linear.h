@@ -43,17 +43,14 @@ void with_dropout_undone(const DOut* dout, int64_t rows, int64_t columns, const 
   const ResidualDropout mask(*dropout.seed, dropout.p);
   Buffer<Product> g(static_cast<size_t>(rows * columns));
   constexpr int64_t kRun = 64;  // rows a task
-  parallel_for(
-      (rows + kRun - 1) / kRun, columns * sizeof(Sum), [&](int64_t run, std::byte* memory) {
-        auto* scales = reinterpret_cast<Sum*>(memory);
-        for (int64_t i = run * kRun; i < std::min(rows, (run + 1) * kRun); ++i) {
-          dropout_scales(mask, dropout.p, ResidualDropout::first_block(i), 0, columns, scales);
-          for_columns<Sum>(columns, [&](int64_t j, auto part) {
-            const Vec<Sum> y = load(dout + i * columns + j, part) * load(scales + j, part);
-            store(g.get() + i * columns + j, y, part);
-          });
-        }
-      });
+  parallel_for_runs(rows, kRun, columns * sizeof(Sum), [&](int64_t i, std::byte* memory) {
+    auto* scales = reinterpret_cast<Sum*>(memory);
+    dropout_scales(mask, dropout.p, ResidualDropout::first_block(i), 0, columns, scales);
+    for_columns<Sum>(columns, [&](int64_t j, auto part) {
+      const Vec<Sum> y = load(dout + i * columns + j, part) * load(scales + j, part);
+      store(g.get() + i * columns + j, y, part);
+    });
+  });
   f(const_cast<const Product*>(g.get()));
 }
 
@@ -65,6 +62,22 @@ Panels<E> pack_forward(const Stream* w, int64_t o, int64_t d, typename E::Operan
 template <class E, class Stream>
 Panels<E> pack_backward(const Stream* w, int64_t o, int64_t d, typename E::Operand* memory) {
   return pack<E>(Matrix<Stream>{w, d, 1}, o, d, memory);
+}
+
+// dx (N, d) of P (LinearBackward or FfnBackward) from dy = g W, for g (N, o) and w (o, d); through
+// the norm, plus `skip`, where map is one. Nothing where neither dx nor the norm's gradients are
+// wanted.
+template <class E, class X, class P, class G, class Stream, class Map>
+void input_gradient(const P& p, const G* g, int64_t o, const Stream* w, int64_t d, int64_t rows,
+                    const Stream* skip, typename E::Operand* memory, const Map&) {
+  if (!p.dx && !p.dnorm_weight && !p.dnorm_bias) return;
+  Buffer<X> unwanted(p.dx ? 0 : static_cast<size_t>(rows * d));
+  X* dx = p.dx ? static_cast<X*>(p.dx) : unwanted.get();  // dy at first
+  gemm(rows, o, Matrix<G>{g, o, 1}, pack_backward<E>(w, o, d, memory),
+       store_to<typename E::Sum>(dx, d));
+  if constexpr (!std::is_same_v<Map, Unchanged>)
+    norm_backward<Stream>(static_cast<const Stream*>(p.x), rows, d, p.norm, skip, dx,
+                          static_cast<Stream*>(p.dnorm_weight), static_cast<Stream*>(p.dnorm_bias));
 }
 
 // dw (o, d) = g^T y for g (N, o) and y = map(x), x (N, d).

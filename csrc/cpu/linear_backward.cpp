@@ -23,22 +23,12 @@ namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 template <class Stream, class Product, class X, class G, class Map>
 void linear_gradients(const LinearBackward& p, const G* g, const Map& map) {
   using E = Arithmetic<Product>;
-  using Sum = typename E::Sum;
   const int64_t rows = p.problem.rows, d = p.problem.in_dim, o = p.problem.out_dim;
   const auto* x = static_cast<const X*>(p.x);       // (N, d)
   const auto* w = static_cast<const Stream*>(p.w);  // (o, d)
-  const bool norm_wanted = p.dnorm_weight || p.dnorm_bias;
   Buffer<typename E::Operand> packed(std::max(Panels<E>::size(o, d), Panels<E>::size(rows, d)));
 
-  if (p.dx || norm_wanted) {
-    Buffer<X> unwanted(p.dx ? 0 : static_cast<size_t>(rows * d));
-    X* dx = p.dx ? static_cast<X*>(p.dx) : unwanted.get();  // (N, d), dy at first
-    const auto b = pack_backward<E>(w, o, d, packed.get());
-    gemm(rows, o, Matrix<G>{g, o, 1}, b, store_to<Sum>(dx, d));
-    if constexpr (!std::is_same_v<Map, Unchanged>)
-      norm_backward<Stream>(x, rows, d, p.norm, nullptr, dx, static_cast<Stream*>(p.dnorm_weight),
-                            static_cast<Stream*>(p.dnorm_bias));
-  }
+  input_gradient<E, X>(p, g, o, w, d, rows, static_cast<const Stream*>(nullptr), packed.get(), map);
   if (p.dw) weight_gradient<E>(g, o, x, d, rows, static_cast<Stream*>(p.dw), packed.get(), map);
   if (p.db) column_sums(g, rows, o, static_cast<Stream*>(p.db));
 }

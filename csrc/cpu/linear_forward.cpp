@@ -29,24 +29,16 @@ void linear_forward_typed(const LinearForward& p) {
   Buffer<typename E::Operand> packed(Panels<E>::size(d, o));
   const auto w_t = pack_forward<E>(w, o, d, packed.get());
 
-  const auto product = [&](const auto* x, const auto& map) {  // x (N, d)
-    const Matrix<std::remove_cvref_t<decltype(*x)> > a{x, d, 1};
+  with_normed_input<Stream, Product>(p.x, rows, d, p.norm, [&](auto x, const auto& map) {
     if (residual)
-      gemm(rows, d, a, w_t,
+      gemm(rows, d, x, w_t,
            add_to_residual<Sum>(static_cast<Stream*>(p.out), o, b, residual, p.dropout), map);
     else if (p.dropout.p > 0)
-      gemm(rows, d, a, w_t,
+      gemm(rows, d, x, w_t,
            add_to_residual<Sum>(static_cast<Product*>(p.out), o, b, residual, p.dropout), map);
     else
-      gemm(rows, d, a, w_t, store_to<Sum>(static_cast<Product*>(p.out), o, b), map);
-  };
-  if (p.norm.weight) {
-    const auto* x = static_cast<const Stream*>(p.x);
-    norm_statistics<Sum>(x, rows, d, p.norm);
-    product(x, Normalized<Stream>(p.norm));
-  } else {
-    product(static_cast<const Product*>(p.x), Unchanged{});
-  }
+      gemm(rows, d, x, w_t, store_to<Sum>(static_cast<Product*>(p.out), o, b), map);
+  });
 }
 
 void linear_forward(const LinearForward& p) {

@@ -26,24 +26,29 @@ void sum_rows(const Sum* a, int64_t rows, int64_t row, int64_t columns, Out* out
 // Rows a task: few enough that every thread has some, long enough to repay starting one.
 constexpr int64_t kNormRows = 64;
 
+template <class Sum>
+struct RowStatistics {
+  Sum mean, rstd;
+};
+template <class Sum, class Storage>
+RowStatistics<Sum> row_statistics(const Storage* row, int64_t columns, double eps) {
+  const Sum count = static_cast<Sum>(columns);
+  const Sum mean =
+      row_sum<Sum>(columns, [&](int64_t j, auto part) { return load(row + j, part); }) / count;
+  const Sum squares = row_sum<Sum>(columns, [&](int64_t j, auto part) {
+    const Vec<Sum> centred = load(row + j, part) - mean;
+    return keep_part<Sum>(centred * centred, part);
+  });
+  return {mean, 1 / std::sqrt(squares / count + static_cast<Sum>(eps))};
+}
+
 // mean and rstd of each row of x (rows, columns).
 template <class Sum, class Storage>
 void norm_statistics(const Storage* x, int64_t rows, int64_t columns, const LayerNorm& norm) {
-  auto* mean = static_cast<Sum*>(norm.mean);
-  auto* rstd = static_cast<Sum*>(norm.rstd);
-  parallel_for((rows + kNormRows - 1) / kNormRows, 0, [&](int64_t task, std::byte*) {
-    for (int64_t i = task * kNormRows; i < std::min(rows, (task + 1) * kNormRows); ++i) {
-      const Storage* row = x + i * columns;
-      const Sum count = static_cast<Sum>(columns);
-      const Sum m =
-          row_sum<Sum>(columns, [&](int64_t j, auto part) { return load(row + j, part); }) / count;
-      const Sum square = row_sum<Sum>(columns, [&](int64_t j, auto part) {
-        const Vec<Sum> centred = load(row + j, part) - m;
-        return keep_part<Sum>(centred * centred, part);
-      });
-      mean[i] = m;
-      rstd[i] = 1 / std::sqrt(square / count + static_cast<Sum>(norm.eps));
-    }
+  parallel_for_runs(rows, kNormRows, 0, [&](int64_t i, std::byte*) {
+    const auto row = row_statistics<Sum>(x + i * columns, columns, norm.eps);
+    static_cast<Sum*>(norm.mean)[i] = row.mean;
+    static_cast<Sum*>(norm.rstd)[i] = row.rstd;
   });
 }
 
@@ -66,13 +71,18 @@ struct Normalized {
   }
 };
 
-// f(map): the norm where there is one, else nothing.
-template <class Storage, class F>
-void with_norm(const LayerNorm& norm, const F& f) {
-  if (norm.weight)
-    f(Normalized<Storage>(norm));
-  else
-    f(Unchanged{});
+// f(matrix, map): a product's input x (rows, columns), with the norm that it is read through, of
+// which the statistics are taken first, or as it is where there is none.
+template <class Stream, class Product, class F>
+void with_normed_input(const void* x, int64_t rows, int64_t columns, const LayerNorm& norm,
+                       const F& f) {
+  if (norm.weight) {
+    const auto* data = static_cast<const Stream*>(x);
+    norm_statistics<typename Accumulation<Stream>::type>(data, rows, columns, norm);
+    f(Matrix<Stream>{data, columns, 1}, Normalized<Stream>(norm));
+  } else {
+    f(Matrix<Product>{static_cast<const Product*>(x), columns, 1}, Unchanged{});
+  }
 }
 
 // dx (rows, columns) holds dy and becomes the gradient of x, plus `skip` unless that is null.

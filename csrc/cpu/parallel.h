@@ -3,6 +3,7 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <exception>
 
@@ -47,6 +48,14 @@ void parallel_for(int64_t tasks, size_t scratch_bytes, const Work& work) {
     }
   }
   if (error) std::rethrow_exception(error);
+}
+
+// The same, `run` neighbours a time on one thread: for tasks too short to be handed out one by one.
+template <class Work>
+void parallel_for_runs(int64_t tasks, int64_t run, size_t scratch_bytes, const Work& work) {
+  parallel_for((tasks + run - 1) / run, scratch_bytes, [&](int64_t i, std::byte* scratch) {
+    for (int64_t task = i * run; task < std::min(tasks, (i + 1) * run); ++task) work(task, scratch);
+  });
 }
 
 }  // namespace gpt_ext::cpu

@@ -93,15 +93,17 @@ GPT_EXT_INLINE void store(Storage* p, V x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = all[i];
 }
 
-// x where the part of the vector exists, `rest` beyond.
-template <class T, class V>
-GPT_EXT_INLINE V keep_part(V x, Whole, T = 0) {
-  return x;
+// The first `count` elements of x, all of them or none where it is beyond a vector's, and `rest` in
+// place of the others.
+template <class T>
+GPT_EXT_INLINE Vec<T> keep_part(Vec<T> x, int64_t count, T rest = 0) {
+  if (count >= kLanes<T>) return x;
+  Vec<T> index;
+  for (int i = 0; i < kLanes<T>; ++i) index[i] = static_cast<T>(i);
+  return index < static_cast<T>(count) ? x : broadcast(rest);
 }
-template <class T, class V>
-GPT_EXT_INLINE V keep_part(V x, int64_t count, T rest = 0) {
-  if constexpr (kLanes<T> > 1)
-    for (int64_t i = count; i < kLanes<T>; ++i) x[i] = rest;
+template <class T>
+GPT_EXT_INLINE Vec<T> keep_part(Vec<T> x, Whole, T = 0) {
   return x;
 }
 

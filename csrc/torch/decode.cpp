@@ -5,15 +5,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <optional>
 #include <tuple>
 
 #include "torch/tensor.h"
 
 namespace gpt_ext::binding {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr size_t kModelWeights = 6, kBlockWeights = 12;
 
@@ -31,9 +28,7 @@ int64_t fingerprint(const std::vector<Tensor>& tensors) {
 // Data of weights[i], once it is seen to be float32 of this shape.
 const float* weight(const std::vector<Tensor>& weights, size_t i, const Shape& shape) {
   const std::string name = "weights[" + std::to_string(i) + "]";
-  check_type(weights[i], name.c_str(), ScalarType::Float);
-  check_shape(weights[i], name.c_str(), shape);
-  check_contiguous(weights[i], name.c_str());
+  check_operand(weights[i], name.c_str(), weights[0], ScalarType::Float, shape);
   return static_cast<const float*>(weights[i].const_data_ptr());
 }
 
@@ -54,8 +49,7 @@ Tensor pack(const std::vector<Tensor>& weights, int64_t heads, int64_t activatio
   check(vocab > 0 && context > 0 && c > 0, "vocabulary, context and width are ", vocab, ", ",
         context, " and ", c, ", expected at least 1 of each");
   check(heads >= 1 && c % heads == 0, "heads is ", heads, ", expected a divisor of ", c);
-  check(0 <= activation && activation <= static_cast<int64_t>(Activation::kGeluTanh),
-        "activation is ", activation, ", expected 0 (relu), 1 (gelu) or 2 (gelu_tanh)");
+  const Activation checked = checked_activation(activation);
   check(0 <= format && format <= static_cast<int64_t>(WeightFormat::kInt8), "format is ", format,
         ", expected 0 (float32), 1 (bfloat16) or 2 (int8)");
 
@@ -75,14 +69,8 @@ Tensor pack(const std::vector<Tensor>& weights, int64_t heads, int64_t activatio
                              .down_weight = at(10, {c, hidden}),
                              .down_bias = at(11, {c})});
   }
-  const DecodeModel model{vocab,
-                          context,
-                          c,
-                          blocks,
-                          heads,
-                          hidden,
-                          static_cast<Activation>(activation),
-                          static_cast<WeightFormat>(format),
+  const DecodeModel model{vocab,   context, c,       blocks,
+                          heads,   hidden,  checked, static_cast<WeightFormat>(format),
                           norm_eps};
   Tensor packed = new_empty(weights[0], {decode_pack_bytes(Cpu{}, model)}, ScalarType::Byte);
   decode_pack(Cpu{}, {.pack = packed.mutable_data_ptr(),
@@ -148,9 +136,7 @@ void forward(Tensor x, const Tensor& packed, Tensor keys, Tensor values, const T
   const DecodeModel model = checked_model(packed);
   const DecodeCache cache = checked_cache(keys, values, model);
   const DecodeRows checked = checked_rows(rows, model, cache, 0);
-  check_type(x, "x", ScalarType::Float);
-  check_shape(x, "x", {checked.count, decode_align(model.dim)});
-  check_contiguous(x, "x");
+  check_operand(x, "x", packed, ScalarType::Float, {checked.count, decode_align(model.dim)});
   check(0 <= first_block && first_block <= end_block && end_block <= model.blocks, "blocks ",
         first_block, " to ", end_block, " are not among the ", model.blocks, " of the model");
   decode_forward(Cpu{}, {.x = static_cast<float*>(x.mutable_data_ptr()),
@@ -188,16 +174,13 @@ std::tuple<Tensor, Tensor> generate(const Tensor& packed, Tensor keys, Tensor va
       repetition_penalty, temperature, top_k, top_p, nullptr, nullptr, nullptr, 0};
   if (repetition_penalty != 1) {
     check(seen.has_value(), "seen is None, expected a tensor as repetition_penalty is not 1");
-    check_type(*seen, "seen", ScalarType::Byte);
-    check_shape(*seen, "seen", {cache.sequences, model.vocab});
-    check_contiguous(*seen, "seen");
+    check_operand(*seen, "seen", packed, ScalarType::Byte, {cache.sequences, model.vocab});
     sampling.seen = static_cast<uint8_t*>(seen->mutable_data_ptr());
   }
   if (temperature > 0) {
     check(noise.has_value(), "noise is None, expected a tensor as the temperature is not 0");
-    check_type(*noise, "noise", ScalarType::Float);
-    check_shape(*noise, "noise", {steps, cache.sequences, model.vocab});
-    check_contiguous(*noise, "noise");
+    check_operand(*noise, "noise", packed, ScalarType::Float,
+                  {steps, cache.sequences, model.vocab});
     sampling.noise = static_cast<const float*>(noise->const_data_ptr());
   }
   if (stop.has_value()) {

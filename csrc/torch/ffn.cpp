@@ -25,10 +25,7 @@ FfnProblem checked_problem(const Tensor& x, const Tensor& w1, const Tensor& w2,
   check_operand(w2, "w2", w1, types.stream, {model_dim, hidden_dim});
   check_norm(norm_weight, norm_bias, w1, model_dim);
   check(norm_weight || dropout_p == 0, "dropout_p is ", dropout_p, ", expected 0 without a norm");
-  check(0 <= activation && activation <= static_cast<int64_t>(Activation::kGeluTanh),
-        "activation is ", activation, ", expected 0 (relu), 1 (gelu) or 2 (gelu_tanh)");
-  return {precision, static_cast<Activation>(activation), product_of(leading), model_dim,
-          hidden_dim};
+  return {precision, checked_activation(activation), product_of(leading), model_dim, hidden_dim};
 }
 
 template <class Backend>

@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "common/error.h"
-#include "ops/backend.h"
+#include "ops/ffn.h"
 
 namespace gpt_ext::binding {
 
@@ -104,6 +104,12 @@ inline void check_operand(const Tensor& tensor, const char* name, const Tensor& 
   check_type(tensor, name, type);
   check_shape(tensor, name, shape);
   check_contiguous(tensor, name);
+}
+
+inline Activation checked_activation(int64_t activation) {
+  check(0 <= activation && activation <= static_cast<int64_t>(Activation::kGeluTanh),
+        "activation is ", activation, ", expected 0 (relu), 1 (gelu) or 2 (gelu_tanh)");
+  return static_cast<Activation>(activation);
 }
 
 // Where dropout's mask comes from: one number on like's device; null where dropout is off.
