@@ -117,11 +117,13 @@ class Ffn {
     Matrix z = product(read, w1, d);
     add(z, b1_.values());
     Matrix a = z, dz = product(dout, transposed(w2, h), d);
+    const Matrix saved = saved_.values();
     for (size_t i = 0; i < z.size(); ++i) {
-      const Slope slope = activate(s_.activation, z[i]);
-      a[i] = slope.value;
-      dz[i] *= slope.derivative;
+      a[i] = activate(s_.activation, z[i]).value;
+      // The slope where backward takes it: a z near 0 may be rounded across it.
+      dz[i] *= activate(s_.activation, saved[i]).derivative;
     }
+    expect_close<T>("saved", saved, s_.activation == Activation::kRelu ? a : z);
     Matrix out = product(a, w2, h);
     add(out, b2_.values());
     const Matrix dread = product(dz, transposed(w1, d), h);
