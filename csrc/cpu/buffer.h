@@ -7,6 +7,8 @@
 #include <memory>
 #include <new>
 
+#include "common/huge_pages.h"
+
 namespace gpt_ext::cpu {
 
 template <class T>
@@ -16,6 +18,7 @@ class Buffer {
       : memory_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) / 64 + 1) * 64))),
         size_(count) {
     if (!memory_) throw std::bad_alloc();
+    prefer_huge_pages(get(), count * sizeof(T));
   }
   T* get() const { return memory_.get(); }
   size_t size() const { return size_; }

@@ -24,25 +24,40 @@ void ffn_backward(Cpu, const FfnBackward& p) { GPT_EXT_CALL_LEVEL(ffn_backward, 
 
 namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
-// dz (N, h) = (g W2) * act'(z).
-template <class Stream, class Product, class G>
-void hidden_gradient(const FfnBackward& p, const G* g,
-                     typename Arithmetic<Product>::Operand* memory) {
+// Epilogue: dz (N, h) = c * act'(z).
+template <Activation kActivation, class Sum, class Product>
+auto times_slope(Product* dz, const Product* saved, int64_t h) {
+  const auto epilogue = [=](int64_t i, int64_t j0, int64_t rows, int64_t n, const Sum* da) {
+    for_tile<Sum>(rows, n, da, [&](int64_t r, int64_t c, Vec<Sum> x, auto part) {
+      const int64_t at = (i + r) * h + j0 + c;
+      store(dz + at, x * activation_derivative<kActivation, Sum>(load(saved + at, part)), part);
+    });
+  };
+  return touching(epilogue, touched(dz, h), touched(saved, h));
+}
+
+// dz = (g W2) * act'(z) and dx, a block of rows at a time.
+template <class Stream, class Product, class X, class G, class Map>
+void row_gradients(const FfnBackward& p, const G* g,
+                   typename Arithmetic<Product>::Operand* memory, const Map& map) {
   using E = Arithmetic<Product>;
   using Sum = typename E::Sum;
   const int64_t rows = p.problem.rows, d = p.problem.model_dim, h = p.problem.hidden_dim;
-  const auto* saved = static_cast<const Product*>(p.saved);  // (N, h)
   auto* dz = static_cast<Product*>(p.dz);
   const auto b = pack_backward<E>(static_cast<const Stream*>(p.w2), d, h, memory);
+  const auto tiles = tiles_of<E>(Matrix<G>{g, d, 1}, d, Unchanged{});
+  const auto scratch = [&](std::byte* memory) {
+    return BlockScratch<E>(memory, kBlockRows, h, steps_of_depth<E>(d));
+  };
+  const auto run = [&](const Epilogue<E>& epilogue) {
+    input_gradient<E, X>(p, dz, h, static_cast<const Stream*>(p.w1), d, rows,
+                         static_cast<const Stream*>(p.dout), memory + Panels<E>::size(d, h), map,
+                         scratch(nullptr).bytes, [&](int64_t i, int64_t m, std::byte* memory) {
+                           gemm_block<E>(i, m, 0, h, b, tiles, epilogue, scratch(memory));
+                         });
+  };
   dispatch_activation(p.problem.activation, [&](auto activation) {
-    constexpr Activation kActivation = activation();
-    gemm(rows, d, Matrix<G>{g, d, 1}, b, [=](int64_t i, int64_t j0, int64_t n, Sum* da) {
-      for_columns<Sum>(n, [&](int64_t c, auto part) {
-        const int64_t at = i * h + j0 + c;
-        const Vec<Sum> slope = activation_derivative<kActivation, Sum>(load(saved + at, part));
-        store(dz + at, load(da + c) * slope, part);
-      });
-    });
+    run(times_slope<decltype(activation)::value, Sum>(dz, static_cast<const Product*>(p.saved), h));
   });
 }
 
@@ -56,15 +71,28 @@ void second_weight_gradient(const FfnBackward& p, const G* g,
   const auto* saved = static_cast<const Product*>(p.saved);  // (N, h)
   auto* dw2 = static_cast<Stream*>(p.dw2);
   const auto b = pack<E>(Matrix<G>{g, d, 1}, rows, d, memory);
-  const auto transposed = [=](int64_t j, int64_t i0, int64_t n, Sum* c) {
-    for (int64_t i = 0; i < n; ++i) store(dw2 + (i0 + i) * h + j, broadcast(c[i]), 1);
+  constexpr int64_t kSide = kLanes<Sum>;
+  const auto transposed = [=](int64_t j, int64_t i0, int64_t n, int64_t columns, const Sum* c) {
+    for (int64_t r = 0; r < n; r += kSide)
+      for (int64_t i = 0; i < columns; i += kSide) {
+        const int64_t width = std::min(kSide, n - r);
+        Vec<Sum> square[kSide] = {};
+        for (int64_t s = 0; s < width; ++s) square[s] = load(c + (r + s) * kTileColumns<Sum> + i);
+        transpose<Sum>(square);
+        for (int64_t s = 0; s < std::min(kSide, columns - i); ++s)
+          store(dw2 + (i0 + i + s) * h + j + r, square[s], width);
+      }
   };
   dispatch_activation(p.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = activation();
-    const auto from_saved = [](Vec<Sum> s, int64_t, int64_t, auto) {
-      return activation_from_saved<kActivation, Sum>(s);
-    };
-    gemm(h, rows, Matrix<Product>{saved, 1, h}, b, transposed, from_saved);
+    const Matrix<Product> a{saved, 1, h};
+    if constexpr (kActivation == Activation::kRelu) {
+      gemm(h, rows, a, b, transposed);
+    } else {
+      gemm(h, rows, a, b, transposed, [](Vec<Sum> s, int64_t, int64_t, auto) {
+        return activate<kActivation, Sum>(s);
+      });
+    }
   });
 }
 
@@ -76,12 +104,10 @@ void ffn_gradients(const FfnBackward& p, const G* g, const Map& map) {
   const auto* x = static_cast<const X*>(p.x);          // (N, d)
   const auto* dz = static_cast<const Product*>(p.dz);  // (N, h)
   Buffer<typename E::Operand> packed(
-      std::max({Panels<E>::size(d, h), Panels<E>::size(h, d), Panels<E>::size(rows, d)}));
+      std::max(Panels<E>::size(d, h) + Panels<E>::size(h, d), Panels<E>::size(rows, d)));
 
   if (p.dx || p.dnorm_weight || p.dnorm_bias || p.dw1 || p.db1)
-    hidden_gradient<Stream, Product>(p, g, packed.get());
-  input_gradient<E, X>(p, dz, h, static_cast<const Stream*>(p.w1), d, rows,
-                       static_cast<const Stream*>(p.dout), packed.get(), map);
+    row_gradients<Stream, Product, X>(p, g, packed.get(), map);
   if (p.dw1) weight_gradient<E>(dz, h, x, d, rows, static_cast<Stream*>(p.dw1), packed.get(), map);
   if (p.dw2) second_weight_gradient<Stream, Product>(p, g, packed.get());
   if (p.db1) column_sums(dz, rows, h, static_cast<Stream*>(p.db1));

@@ -9,11 +9,12 @@
 namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
 // The tile fills the registers: 6 x 4 vectors of 32 registers or 6 x 2 of 16 are accumulators, the
-// rest hold a row of B and a broadcast element of A.
+// rest hold a row of B and a broadcast element of A. Without vectors, 4 columns are a Philox block.
 constexpr int kTileRows = 6;
-constexpr int kTileVectors = GPT_EXT_REGISTERS == 32 ? 4 : 2;
+constexpr int kTileVectors = GPT_EXT_REGISTERS == 32 || GPT_EXT_VECTOR_BYTES == 0 ? 4 : 2;
 template <class T>
 constexpr int64_t kTileColumns = kTileVectors * kLanes<T>;
+static_assert(kTileColumns<double> % 4 == 0);
 
 // What one step of k multiplies: an element of T, or a pair of bf16 summed in float32.
 template <class T>
@@ -45,12 +46,16 @@ struct Bf16Pairs {
     return round_to_bf16(x[0]) | round_to_bf16(x[1]) << 16;
   }
 };
+template <class E, class Storage>
+constexpr bool kIsPairs = std::is_same_v<E, Bf16Pairs> && std::is_same_v<Storage, bf16>;
 template <class Storage>
 using Arithmetic = std::conditional_t<std::is_same_v<Storage, bf16>, Bf16Pairs,
                                       Elements<typename Accumulation<Storage>::type>>;
 #else
 template <class Storage>
 using Arithmetic = Elements<typename Accumulation<Storage>::type>;
+template <class E, class Storage>
+constexpr bool kIsPairs = false;
 #endif
 
 // Element (i, j) of a matrix lies at data[i * row + j * column].
@@ -68,6 +73,29 @@ struct Unchanged {
     return x;
   }
 };
+
+// Whether operands hold the bits that lie in memory.
+template <class E, class Storage, class Map>
+constexpr bool kIsCopy =
+    std::is_same_v<Map, Unchanged> &&
+    (kIsPairs<E, Storage> || std::is_same_v<Storage, typename E::Operand>);
+
+// `count` operands, the bits of elements [0, count) of each of kDepth rows, `row` elements apart.
+template <class E, int kCount, class Storage>
+GPT_EXT_INLINE void join_bits(const Storage* x, int64_t row, typename E::Operand* out) {
+  if constexpr (E::kDepth == 1) {
+    std::memcpy(out, x, kCount * sizeof *out);
+  } else {
+    using Half = typename VectorOf<uint16_t, 2 * kCount>::type;
+    using Pair = typename VectorOf<uint32_t, 4 * kCount>::type;
+    Half first, second;
+    std::memcpy(&first, x, sizeof first);
+    std::memcpy(&second, x + row, sizeof second);
+    const Pair pairs =
+        __builtin_convertvector(first, Pair) | __builtin_convertvector(second, Pair) << 16;
+    std::memcpy(out, &pairs, sizeof pairs);
+  }
+}
 
 template <class E>
 constexpr int64_t steps_of_depth(int64_t depth) {
@@ -102,6 +130,10 @@ GPT_EXT_INLINE void join_rows(Matrix<Storage> x, int64_t depth, int64_t k, int64
   using Sum = typename E::Sum;
   for (int64_t s = 0; s < steps; ++s)
     for_columns<Sum>(columns, [&](int64_t j, auto part) {
+      if constexpr (kIsCopy<E, Storage, Map> && std::is_same_v<decltype(part), Whole>)
+        if ((k + s + 1) * E::kDepth <= depth)
+          return join_bits<E, kLanes<Sum>>(x.data + (k + s) * E::kDepth * x.row + n + j, x.row,
+                                           out + s * out_row + j);
       Vec<Sum> elements[E::kDepth] = {};
       for (int e = 0; e < E::kDepth; ++e) {
         const int64_t row = (k + s) * E::kDepth + e;
@@ -158,6 +190,13 @@ struct Tiles {
   Tiles(Matrix<T> a) : Tiles(a.data, kTileRows * a.row, a.row, a.column) {}  // a as it is
 };
 
+// An operand wherever it lies: a pair of bf16 may stand at an odd place.
+template <class T>
+GPT_EXT_INLINE T load_operand(const T* p) {
+  typedef T Unaligned __attribute__((aligned(1), may_alias));
+  return *reinterpret_cast<const Unaligned*>(p);
+}
+
 // One tile: a (rows <= 6, steps) times b (steps, kVectors vectors), whose rows are b_row apart;
 // epilogue(r, c, x) gets the result vector by vector. Rows past the last repeat it, so that the
 // loop has one shape. Rows is a number, or for a full tile, the constant.
@@ -176,7 +215,7 @@ GPT_EXT_INLINE void multiply_tile(Rows rows, int64_t steps, Matrix<typename E::O
     Vec<typename E::Operand> y[kVectors];
     for (int v = 0; v < kVectors; ++v) std::memcpy(&y[v], b + v * kLanes<Sum>, sizeof y[v]);
     for (int r = 0; r < kTileRows; ++r) {
-      const Vec<typename E::Operand> x = broadcast(row[r][offset]);
+      const Vec<typename E::Operand> x = broadcast(load_operand(row[r] + offset));
       for (int v = 0; v < kVectors; ++v) sum[r][v] = E::multiply_add(x, y[v], sum[r][v]);
     }
   }
@@ -202,30 +241,113 @@ GPT_EXT_INLINE void with_tile_shape(int64_t rows, int64_t columns, const F& f) {
   }
 }
 
-// c (rows, width) = or += a (rows, steps) panel (steps, width).
+// A call through a pointer: it compiles gemm's loops once, not once a caller.
+template <class Result, class... Arguments>
+struct Callback {
+  const void* object;
+  Result (*function)(const void*, Arguments...);
+
+  template <class F>
+  Callback(const F& f)
+      : object(&f), function([](const void* object, Arguments... arguments) {
+          return (*static_cast<const F*>(object))(arguments...);
+        }) {}
+  Result operator()(Arguments... arguments) const { return function(object, arguments...); }
+};
+
+// A matrix that an epilogue reads or writes, in bytes: fetched while the tile is computed.
+struct Touched {
+  const std::byte* data;
+  int64_t row, element;
+
+  GPT_EXT_INLINE void prefetch(int64_t i, int64_t rows, int64_t j, int64_t columns) const {
+    constexpr int64_t kLine = 64;
+    for (int64_t r = 0; r < rows; ++r) {
+      const std::byte* at = data + (i + r) * row + j * element;
+      for (int64_t byte = 0; byte < columns * element; byte += kLine) __builtin_prefetch(at + byte);
+    }
+  }
+};
+template <class T>
+Touched touched(const T* data, int64_t columns) {
+  return {reinterpret_cast<const std::byte*>(data), columns * int64_t{sizeof(T)}, sizeof(T)};
+}
+
+// epilogue(i, j, rows, columns, c) gets rows [i, i + rows) and columns [j, j + columns) of C, a tile
+// in L1, to write them where and as it likes: element (r, s) lies at c[r * kTileColumns<Sum> + s].
+// j is a multiple of 4 and c padded to whole vectors.
 template <class E>
-__attribute__((noinline)) void multiply_panel(int64_t rows, int64_t steps,
+struct Epilogue : Callback<void, int64_t, int64_t, int64_t, int64_t, const typename E::Sum*> {
+  Touched first{}, second{};
+
+  template <class F>
+  Epilogue(const F& f)
+      : Callback<void, int64_t, int64_t, int64_t, int64_t, const typename E::Sum*>(f) {
+    if constexpr (requires { f.first; }) this->first = f.first, this->second = f.second;
+  }
+};
+
+// An epilogue with what it touches.
+template <class F>
+struct Touching : F {
+  Touched first, second;
+};
+template <class F>
+Touching<F> touching(const F& f, Touched first, Touched second = {}) {
+  return {f, first, second};
+}
+
+// f(r, j, x, part): the elements x from column j on of row r, for every vector of an epilogue's tile.
+template <class Sum, class F>
+GPT_EXT_INLINE void for_tile(int64_t rows, int64_t columns, const Sum* c, const F& f) {
+  for (int64_t r = 0; r < rows; ++r)
+    for_columns<Sum>(columns, [&](int64_t j, auto part) {
+      f(r, j, load(c + r * kTileColumns<Sum> + j), part);
+    });
+}
+
+// Sums over blocks of steps before the last one: row i of a block lies at data + i * row.
+template <class Sum>
+struct PartialSums {
+  Sum* data;
+  int64_t row;
+  bool first, last;  // whether the block of steps at hand is
+};
+
+// Rows [i0, i0 + rows), columns [j0, j0 + columns) of C, of one panel: a (rows, steps) times the
+// panel (steps, width) onto the partial sums; where that is the last of it, to the epilogue.
+template <class E>
+__attribute__((noinline)) void multiply_panel(int64_t i0, int64_t rows, int64_t j0,
+                                              int64_t columns, int64_t steps,
                                               Tiles<typename E::Operand> a,
                                               const typename E::Operand* panel, int64_t width,
-                                              typename E::Sum* c, int64_t c_row, bool accumulate) {
+                                              const PartialSums<typename E::Sum>& partial,
+                                              const Epilogue<E>& epilogue) {
   using Sum = typename E::Sum;
+  alignas(64) Sum done[kTileRows * kTileColumns<Sum>];
   for (int64_t i = 0; i < rows; i += kTileRows) {
+    const int64_t tile_rows = std::min<int64_t>(kTileRows, rows - i);
     const Matrix<typename E::Operand> tile{a.data + i / kTileRows * a.tile, a.row, a.column};
-    const auto to_c = [&](int64_t r, int64_t j, Vec<Sum> x) __attribute__((always_inline)) {
-      Sum* out = c + (i + r) * c_row + j;
-      store(out, accumulate ? load(out) + x : x);
+    const auto keep = [&](int64_t r, int64_t j, Vec<Sum> x) __attribute__((always_inline)) {
+      Sum* sums = partial.data + (i + r) * partial.row + j;
+      if (!partial.first) x += load(sums);
+      store(partial.last ? done + r * kTileColumns<Sum> + j : sums, x);
     };
+    if (partial.last)
+      for (const Touched* x : {&epilogue.first, &epilogue.second})
+        if (x->data) x->prefetch(i0 + i, tile_rows, j0, columns);
     with_tile_shape<Sum>(
-        std::min<int64_t>(kTileRows, rows - i),
-        width, [&]<int kVectors>(auto tile_rows) __attribute__((always_inline)) {
-          multiply_tile<E, kVectors>(tile_rows, steps, tile, panel, kVectors * kLanes<Sum>, to_c);
+        tile_rows, width, [&]<int kVectors>(auto tile_rows) __attribute__((always_inline)) {
+          multiply_tile<E, kVectors>(tile_rows, steps, tile, panel, kVectors * kLanes<Sum>, keep);
         });
+    if (partial.last) epilogue(i0 + i, j0, tile_rows, columns, done);
   }
 }
 
-// Blocks of the whole product: A's block (96 x 256 float32, 96 KB) and the block of C (96 x 256)
-// stay in L2, one panel's block of B (16 KB at 16 columns) in L1.
-constexpr int64_t kBlockRows = 96, kBlockColumns = 256, kBlockSteps = 256;
+// Blocks: A's (96 x 512 float32, 196 KB), and where k takes several blocks the partial sums
+// (96 x 768, 295 KB), stay in L2 with a panel's block of B (at 64 columns 128 KB). Up to 1024 steps
+// are one block, and there are no partial sums.
+constexpr int64_t kBlockRows = 96, kBlockColumns = 768, kBlockSteps = 512;
 static_assert(kBlockRows % kTileRows == 0);
 static_assert(kBlockColumns % kTileColumns<float> == 0);
 
@@ -240,25 +362,32 @@ inline Split split(int64_t n, int64_t largest, int64_t unit) {
   return {size ? (n + size - 1) / size : 0, size};
 }
 
-// Blocks of C, a task each: smaller ones where there would be fewer than 4 tasks a thread, so that
-// no thread waits long for the last. First fewer rows, down to 24, for which B is read more often;
-// then fewer columns, down to 64, for which A is packed again.
+// Sums must not depend on how many threads there are: only the blocks of C may.
+inline Split split_steps(int64_t steps) {
+  return split(steps, steps <= 2 * kBlockSteps ? 2 * kBlockSteps : kBlockSteps, 1);
+}
+
+// Blocks of C, a task each, `row_unit` rows or a multiple of that, and whole panels: so that the
+// thread that is last has least to do. A block of fewer tiles or panels costs about one more of
+// each: B is read, and A packed, once a block.
 struct BlocksOfC {
-  Split rows, columns;
+  int64_t rows, columns;
 };
-inline BlocksOfC blocks_of_c(int64_t rows, int64_t columns, int64_t panel) {
-  int64_t m = kBlockRows, n = kBlockColumns;
-  panel = std::max<int64_t>(panel, 4);
-  const int64_t wanted = 4 * max_threads();
-  while (split(rows, m, kTileRows).count * split(columns, n, panel).count < wanted) {
-    if (m > 24)
-      m /= 2;
-    else if (n > 64)
-      n /= 2;
-    else
-      break;
+inline BlocksOfC blocks_of_c(int64_t rows, int64_t columns, int64_t panel, int64_t row_unit,
+                             bool split_columns) {
+  const int64_t units = std::max<int64_t>(1, (rows + row_unit - 1) / row_unit);
+  const int64_t panels = std::max<int64_t>(1, (columns + panel - 1) / panel);
+  const int64_t threads = max_threads(), unit_tiles = row_unit / kTileRows;
+  BlocksOfC best{};
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (int64_t n = panels;; n = (n + 1) / 2) {
+    for (int64_t m = std::min(kBlockRows / row_unit, units); m > 0; --m) {
+      const int64_t tasks = ((units + m - 1) / m) * ((panels + n - 1) / n);
+      const int64_t cost = (tasks + threads - 1) / threads * (m * unit_tiles + 1) * (n + 1);
+      if (cost < least) least = cost, best = {m * row_unit, n * panel};
+    }
+    if (n == 1 || !split_columns) return best;
   }
-  return {split(rows, m, kTileRows), split(columns, n, panel)};
 }
 
 // Packs B (depth, columns), one of whose strides is 1, into `memory` of Panels<E>::size elements: a
@@ -309,99 +438,133 @@ __attribute__((noinline)) Tiles<typename E::Operand> pack_tiles(Matrix<Storage> 
                                                                 const Map& map) {
   using Operand = typename E::Operand;
   if (a.column != 1) {
-    // A step is stored in whole vectors; what lies beyond its 6 elements the next one overwrites.
-    constexpr int64_t kWhole = round_up<Operand>(kTileRows);
-    const int64_t tile = kTileRows * steps + kWhole;
+    // A step is stored in runs of kRun; what lies beyond its 6 elements the next one overwrites.
+    constexpr int64_t kRun = std::max<int64_t>(8, kLanes<Operand>);
+    const int64_t tile = kTileRows * steps + kRun;
     for (int64_t s = 0; s < steps; ++s) {
-      prefetch_rows<E>(a, i0, rows, k0 + s + kPrefetchSteps, depth);
-      for (int64_t i = 0; i < rows; i += kTileRows)
-        join_rows<E>(Matrix<Storage>{a.data, a.column, 1}, depth, k0 + s, 1, i0 + i,
-                     i + kWhole <= rows ? kWhole : std::min<int64_t>(kTileRows, rows - i),
-                     memory + i / kTileRows * tile + s * kTileRows, 0, map);
+      const int64_t k = k0 + s;
+      prefetch_rows<E>(a, i0, rows, k + kPrefetchSteps, depth);
+      for (int64_t i = 0; i < rows; i += kTileRows) {
+        Operand* out = memory + i / kTileRows * tile + s * kTileRows;
+        if constexpr (kIsCopy<E, Storage, Map>)
+          if (i + 8 <= rows && (k + 1) * E::kDepth <= depth) {
+            join_bits<E, 8>(a.data + k * E::kDepth * a.column + i0 + i, a.column, out);
+            continue;
+          }
+        join_rows<E>(Matrix<Storage>{a.data, a.column, 1}, depth, k, 1, i0 + i,
+                     i + kRun <= rows ? kRun : std::min<int64_t>(kTileRows, rows - i), out, 0, map);
+      }
     }
     return {memory, tile, 1, kTileRows};
   }
-  if constexpr (std::is_same_v<Storage, Operand> && std::is_same_v<Map, Unchanged>) {
-    return Matrix<Operand>{a.data + i0 * a.row + k0, a.row, 1};
-  } else {
-    const int64_t padded = round_up<Operand>(steps);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t s = 0; s < steps; s += kLanes<Operand>)
-        store(memory + i * padded + s,
-              load_steps<E>(a.data + (i0 + i) * a.row, i0 + i, (k0 + s) * E::kDepth, depth, map));
-    return Matrix<Operand>{memory, padded, 1};
-  }
+  if constexpr (kIsCopy<E, Storage, Map>)
+    if (depth % E::kDepth == 0 && a.row % E::kDepth == 0)
+      return Matrix<Operand>{
+          reinterpret_cast<const Operand*>(a.data + i0 * a.row) + k0, a.row / E::kDepth, 1};
+  const int64_t padded = round_up<Operand>(steps);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t s = 0; s < steps; s += kLanes<Operand>)
+      store(memory + i * padded + s,
+            load_steps<E>(a.data + (i0 + i) * a.row, i0 + i, (k0 + s) * E::kDepth, depth, map));
+  return Matrix<Operand>{memory, padded, 1};
 }
-
-// A call through a pointer: it compiles gemm's loops once, not once a caller.
-template <class Result, class... Arguments>
-struct Callback {
-  const void* object;
-  Result (*function)(const void*, Arguments...);
-
-  template <class F>
-  Callback(const F& f)
-      : object(&f), function([](const void* object, Arguments... arguments) {
-          return (*static_cast<const F*>(object))(arguments...);
-        }) {}
-  Result operator()(Arguments... arguments) const { return function(object, arguments...); }
-};
 
 // tiles(i0, rows, k0, steps, memory): A's block, as pack_tiles gives it.
 template <class E>
 using TilesOfBlock =
     Callback<Tiles<typename E::Operand>, int64_t, int64_t, int64_t, int64_t, typename E::Operand*>;
-// epilogue(i, j, n, c) gets columns [j, j + n) of row i of C, in c[0, n), to write them where and
-// as it likes; j is a multiple of 4 and c is padded to whole vectors.
+
 template <class E>
-using Epilogue = Callback<void, int64_t, int64_t, int64_t, typename E::Sum*>;
+struct BlockScratch {
+  typename E::Sum* sums;
+  int64_t row;  // of sums
+  typename E::Operand* a;
+  size_t bytes;
+
+  // For blocks of so many rows and columns of a product of so many steps.
+  BlockScratch(std::byte* memory, int64_t rows, int64_t columns, int64_t steps) {
+    const Split blocks = split_steps(steps);
+    Carver carver(memory);
+    row = std::min(kBlockColumns, round_up<typename E::Sum>(columns));
+    sums = carver.take<typename E::Sum>(blocks.count > 1 ? rows * row : 0);
+    a = carver.take<typename E::Operand>(
+        (rows + kTileRows) * (round_up<typename E::Operand>(blocks.size) + 16));
+    bytes = carver.used();
+  }
+};
+
+// Rows [i0, i0 + rows), columns [j0, j0 + columns) of C, on this thread; j0 begins a panel.
+template <class E>
+__attribute__((noinline)) void gemm_block(int64_t i0, int64_t rows, int64_t j0, int64_t columns,
+                                          const Panels<E>& b, const TilesOfBlock<E>& tiles,
+                                          const Epilogue<E>& epilogue,
+                                          const BlockScratch<E>& scratch) {
+  const Split k_blocks = split_steps(b.steps);
+  const int64_t most = k_blocks.count <= 1 ? columns : kBlockColumns;
+  for (int64_t j = j0; j < j0 + columns; j += most) {
+    const int64_t n = std::min(most, j0 + columns - j);
+    int64_t k = 0;
+    do {  // once, where there are no steps: the sums are zeros then
+      const int64_t steps = std::min(k_blocks.size, b.steps - k);
+      const auto block = tiles(i0, rows, k, steps, scratch.a);
+      for (int64_t p = j / b.kWidth; p * b.kWidth < j + n; ++p) {
+        const int64_t at = p * b.kWidth;
+        multiply_panel<E>(i0, rows, at, std::min(b.kWidth, j + n - at), steps, block,
+                          b.panel(p) + k * b.width(p), b.width(p),
+                          {scratch.sums + at - j, scratch.row, k == 0, k + steps == b.steps},
+                          epilogue);
+      }
+      k += k_blocks.size;
+    } while (k < b.steps);
+  }
+}
+
+// The tiles of map(A), A being (., depth) and one of its strides 1.
+template <class E, class Storage, class Map>
+auto tiles_of(Matrix<Storage> a, int64_t depth, const Map& map) {
+  return [=](int64_t i0, int64_t rows, int64_t k0, int64_t steps, typename E::Operand* memory) {
+    return pack_tiles<E>(a, i0, rows, k0, steps, depth, memory, map);
+  };
+}
 
 template <class E>
 __attribute__((noinline)) void gemm_blocks(int64_t rows, const Panels<E>& b,
                                            const TilesOfBlock<E>& tiles,
                                            const Epilogue<E>& epilogue) {
-  using Operand = typename E::Operand;
-  using Sum = typename E::Sum;
-  // Sums must not depend on how many threads there are: only the blocks of C may.
-  const Split k_blocks = split(b.steps, kBlockSteps, 1);
-  const BlocksOfC blocks = blocks_of_c(rows, b.columns, b.kWidth);
-  const int64_t block_size = blocks.rows.size * blocks.columns.size;
-  const auto carve = [&](std::byte* memory) {
-    Carver carver(memory);
-    auto* c = carver.take<Sum>(block_size);
-    auto* a = carver.take<Operand>(blocks.rows.size *
-                                   (round_up<Operand>(k_blocks.size) + kLanes<Operand>));
-    return std::tuple{c, a, carver.used()};
+  if (rows == 0 || b.columns == 0) return;
+  const BlocksOfC block = blocks_of_c(rows, b.columns, b.kWidth, kTileRows, true);
+  const int64_t across = (b.columns + block.columns - 1) / block.columns;
+  const int64_t down = (rows + block.rows - 1) / block.rows;
+  const auto scratch = [&](std::byte* memory) {
+    return BlockScratch<E>(memory, block.rows, block.columns, b.steps);
   };
-  parallel_for(blocks.rows.count * blocks.columns.count, std::get<2>(carve(nullptr)),
-               [&](int64_t task, std::byte* memory) {
-                 const auto [c, a, used] = carve(memory);
-                 const int64_t i0 = task / blocks.columns.count * blocks.rows.size,
-                               j0 = task % blocks.columns.count * blocks.columns.size;
-                 const int64_t m = std::min(blocks.rows.size, rows - i0),
-                               n = std::min(blocks.columns.size, b.columns - j0);
-                 if (b.steps == 0) std::fill_n(c, block_size, Sum(0));
-                 for (int64_t k0 = 0; k0 < b.steps; k0 += k_blocks.size) {
-                   const int64_t steps = std::min(k_blocks.size, b.steps - k0);
-                   const auto block = tiles(i0, m, k0, steps, a);
-                   for (int64_t p = j0 / b.kWidth; p * b.kWidth < j0 + n; ++p)
-                     multiply_panel<E>(m, steps, block, b.panel(p) + k0 * b.width(p), b.width(p),
-                                       c + p * b.kWidth - j0, blocks.columns.size, k0 > 0);
-                 }
-                 for (int64_t i = 0; i < m; ++i)
-                   epilogue(i0 + i, j0, n, c + i * blocks.columns.size);
-               });
+  parallel_for(down * across, scratch(nullptr).bytes, [&](int64_t task, std::byte* memory) {
+    const int64_t i = task % down * block.rows, j = task / down * block.columns;
+    gemm_block<E>(i, std::min(block.rows, rows - i), j, std::min(block.columns, b.columns - j), b,
+                  tiles, epilogue, scratch(memory));
+  });
+}
+
+// Rows a unit: of what is summed over rows, a partial sum each, whatever the number of threads.
+constexpr int64_t kRowUnit = 48;
+static_assert(kBlockRows % kRowUnit == 0 && kRowUnit % kTileRows == 0);
+
+// work(i, m, scratch) for blocks of rows [i, i + m), whole units of them and at most kBlockRows, of
+// matrices up to `columns` wide: for several products, one after the other, of the same rows.
+template <class E, class Work>
+void parallel_for_rows(int64_t rows, int64_t columns, size_t scratch_bytes, const Work& work) {
+  if (rows == 0) return;
+  const int64_t m = blocks_of_c(rows, columns, Panels<E>::kWidth, kRowUnit, false).rows;
+  parallel_for((rows + m - 1) / m, scratch_bytes, [&](int64_t task, std::byte* scratch) {
+    work(task * m, std::min(m, rows - task * m), scratch);
+  });
 }
 
 // C (rows, b.columns) = map(A) (rows, depth) B. One of A's strides is 1.
 template <class E, class Storage, class Map = Unchanged>
 void gemm(int64_t rows, int64_t depth, Matrix<Storage> a, const Panels<E>& b,
           const std::type_identity_t<Epilogue<E>>& epilogue, const Map& map = {}) {
-  const auto tiles = [&](int64_t i0, int64_t m, int64_t k0, int64_t steps,
-                         typename E::Operand* memory) {
-    return pack_tiles<E>(a, i0, m, k0, steps, depth, memory, map);
-  };
-  gemm_blocks<E>(rows, b, tiles, epilogue);
+  gemm_blocks<E>(rows, b, tiles_of<E>(a, depth, map), epilogue);
 }
 
 }  // namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL

@@ -6,13 +6,13 @@ namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 // Epilogue: out (N, columns) = c, or c + b unless b is null.
 template <class Sum, class Out, class Bias = Out>
 auto store_to(Out* out, int64_t columns, const Bias* b = nullptr) {
-  return [=](int64_t i, int64_t j0, int64_t n, Sum* c) {
-    for_columns<Sum>(n, [&](int64_t j, auto part) {
-      Vec<Sum> y = load(c + j);
+  const auto epilogue = [=](int64_t i, int64_t j0, int64_t rows, int64_t n, const Sum* c) {
+    for_tile<Sum>(rows, n, c, [&](int64_t r, int64_t j, Vec<Sum> y, auto part) {
       if (b) y += load(b + j0 + j, part);
-      store(out + i * columns + j0 + j, y, part);
+      store(out + (i + r) * columns + j0 + j, y, part);
     });
   };
+  return touching(epilogue, touched(out, columns));
 }
 
 // Epilogue: out (N, columns) = residual + dropout(c + b); b and residual may be null.
@@ -21,17 +21,20 @@ auto add_to_residual(Out* out, int64_t columns, const Stream* b, const Stream* r
                      const Dropout& dropout) {
   const bool drops = dropout.p > 0;
   const ResidualDropout mask(drops ? *dropout.seed : 0, dropout.p);
-  return [=, p = dropout.p](int64_t i, int64_t j0, int64_t n, Sum* c) {
-    Sum scales[kBlockColumns];
-    if (drops) dropout_scales(mask, p, ResidualDropout::first_block(i), j0, n, scales);
-    for_columns<Sum>(n, [&](int64_t j, auto part) {
-      Vec<Sum> y = load(c + j);
+  const auto epilogue = [=, p = dropout.p](int64_t i, int64_t j0, int64_t rows, int64_t n, const Sum* c) {
+    Sum scales[kTileRows * kTileColumns<Sum>];
+    for (int64_t r = 0; drops && r < rows; ++r)
+      dropout_scales(mask, p, ResidualDropout::first_block(i + r), j0, n,
+                     scales + r * kTileColumns<Sum>);
+    for_tile<Sum>(rows, n, c, [&](int64_t r, int64_t j, Vec<Sum> y, auto part) {
+      const int64_t at = (i + r) * columns + j0 + j;
       if (b) y += load(b + j0 + j, part);
-      if (drops) y *= load(scales + j, part);
-      if (residual) y += load(residual + i * columns + j0 + j, part);
-      store(out + i * columns + j0 + j, y, part);
+      if (drops) y *= load(scales + r * kTileColumns<Sum> + j, part);
+      if (residual) y += load(residual + at, part);
+      store(out + at, y, part);
     });
   };
+  return touching(epilogue, touched(out, columns), touched(residual, columns));
 }
 
 // f(g): the gradient (N, columns) of what dropout was applied to; dout itself where there is none.
@@ -65,19 +68,39 @@ Panels<E> pack_backward(const Stream* w, int64_t o, int64_t d, typename E::Opera
 }
 
 // dx (N, d) of P (LinearBackward or FfnBackward) from dy = g W, for g (N, o) and w (o, d); through
-// the norm, plus `skip`, where map is one. Nothing where neither dx nor the norm's gradients are
-// wanted.
-template <class E, class X, class P, class G, class Stream, class Map>
+// the norm, plus `skip`, where map is one. before(i, m, memory) makes rows [i, i + m) of g, with
+// before_bytes of memory; dx is made of them while they are in cache.
+template <class E, class X, class P, class G, class Stream, class Map, class Before>
 void input_gradient(const P& p, const G* g, int64_t o, const Stream* w, int64_t d, int64_t rows,
-                    const Stream* skip, typename E::Operand* memory, const Map&) {
-  if (!p.dx && !p.dnorm_weight && !p.dnorm_bias) return;
-  Buffer<X> unwanted(p.dx ? 0 : static_cast<size_t>(rows * d));
+                    const Stream* skip, typename E::Operand* memory, const Map&,
+                    size_t before_bytes, const Before& before) {
+  constexpr bool kHasNorm = !std::is_same_v<Map, Unchanged>;
+  const bool wanted = p.dx || p.dnorm_weight || p.dnorm_bias;
+  Buffer<X> unwanted(wanted && !p.dx ? static_cast<size_t>(rows * d) : 0);
   X* dx = p.dx ? static_cast<X*>(p.dx) : unwanted.get();  // dy at first
-  gemm(rows, o, Matrix<G>{g, o, 1}, pack_backward<E>(w, o, d, memory),
-       store_to<typename E::Sum>(dx, d));
-  if constexpr (!std::is_same_v<Map, Unchanged>)
-    norm_backward<Stream>(static_cast<const Stream*>(p.x), rows, d, p.norm, skip, dx,
-                          static_cast<Stream*>(p.dnorm_weight), static_cast<Stream*>(p.dnorm_bias));
+  Panels<E> b{};
+  if (wanted) b = pack_backward<E>(w, o, d, memory);
+  const auto tiles = tiles_of<E>(Matrix<G>{g, o, 1}, o, Unchanged{});
+  const auto epilogue = store_to<typename E::Sum>(dx, d);
+  const auto norm = [&] {
+    if constexpr (kHasNorm)
+      return NormBackward<Stream>(static_cast<const Stream*>(p.x), rows, d, p.norm, skip, dx);
+    else
+      return Unchanged{};
+  }();
+  const auto scratch = [&](std::byte* memory) {
+    return BlockScratch<E>(memory, kBlockRows, d, steps_of_depth<E>(o));
+  };
+  parallel_for_rows<E>(
+      rows, std::max(o, d), std::max(before_bytes, scratch(nullptr).bytes),
+      [&](int64_t i, int64_t m, std::byte* memory) {
+        before(i, m, memory);
+        if (!wanted) return;
+        gemm_block<E>(i, m, 0, d, b, tiles, epilogue, scratch(memory));
+        if constexpr (kHasNorm) norm(i, m);
+      });
+  if constexpr (kHasNorm)
+    norm.gradients(static_cast<Stream*>(p.dnorm_weight), static_cast<Stream*>(p.dnorm_bias));
 }
 
 // dw (o, d) = g^T y for g (N, o) and y = map(x), x (N, d).

@@ -91,11 +91,4 @@ GPT_EXT_INLINE Vec<T> activation_derivative(Vec<T> saved) {
   }
 }
 
-// act(z), from what forward saved.
-template <Activation activation, class T>
-GPT_EXT_INLINE Vec<T> activation_from_saved(Vec<T> saved) {
-  if constexpr (activation == Activation::kRelu) return saved;
-  return activate<activation, T>(saved);
-}
-
 }  // namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL

@@ -23,9 +23,6 @@ void sum_rows(const Sum* a, int64_t rows, int64_t row, int64_t columns, Out* out
   });
 }
 
-// Rows a task: few enough that every thread has some, long enough to repay starting one.
-constexpr int64_t kNormRows = 64;
-
 template <class Sum>
 struct RowStatistics {
   Sum mean, rstd;
@@ -42,14 +39,16 @@ RowStatistics<Sum> row_statistics(const Storage* row, int64_t columns, double ep
   return {mean, 1 / std::sqrt(squares / count + static_cast<Sum>(eps))};
 }
 
-// mean and rstd of each row of x (rows, columns).
-template <class Sum, class Storage>
-void norm_statistics(const Storage* x, int64_t rows, int64_t columns, const LayerNorm& norm) {
-  parallel_for_runs(rows, kNormRows, 0, [&](int64_t i, std::byte*) {
+// mean and rstd of rows [first, first + rows) of x (., columns).
+template <class Storage>
+void norm_statistics(const Storage* x, int64_t first, int64_t rows, int64_t columns,
+                     const LayerNorm& norm) {
+  using Sum = typename Accumulation<Storage>::type;
+  for (int64_t i = first; i < first + rows; ++i) {
     const auto row = row_statistics<Sum>(x + i * columns, columns, norm.eps);
     static_cast<Sum*>(norm.mean)[i] = row.mean;
     static_cast<Sum*>(norm.rstd)[i] = row.rstd;
-  });
+  }
 }
 
 // The map of gemm.h that normalises x (N, d) as it is packed.
@@ -71,59 +70,93 @@ struct Normalized {
   }
 };
 
-// f(matrix, map): a product's input x (rows, columns), with the norm that it is read through, of
-// which the statistics are taken first, or as it is where there is none.
+// f(matrix, map): a product's input x (., columns), with the norm that it is read through, or as it
+// is where there is none.
+template <class Stream, class Product, class F>
+void with_normed_input(const void* x, int64_t columns, const LayerNorm& norm, const F& f) {
+  if (norm.weight)
+    f(Matrix<Stream>{static_cast<const Stream*>(x), columns, 1}, Normalized<Stream>(norm));
+  else
+    f(Matrix<Product>{static_cast<const Product*>(x), columns, 1}, Unchanged{});
+}
+
+// The same with the statistics of all rows taken first.
 template <class Stream, class Product, class F>
 void with_normed_input(const void* x, int64_t rows, int64_t columns, const LayerNorm& norm,
                        const F& f) {
-  if (norm.weight) {
-    const auto* data = static_cast<const Stream*>(x);
-    norm_statistics<typename Accumulation<Stream>::type>(data, rows, columns, norm);
-    f(Matrix<Stream>{data, columns, 1}, Normalized<Stream>(norm));
-  } else {
-    f(Matrix<Product>{static_cast<const Product*>(x), columns, 1}, Unchanged{});
-  }
+  if (norm.weight)
+    parallel_for((rows + kRowUnit - 1) / kRowUnit, 0, [&](int64_t unit, std::byte*) {
+      norm_statistics(static_cast<const Stream*>(x), unit * kRowUnit,
+                      std::min(kRowUnit, rows - unit * kRowUnit), columns, norm);
+    });
+  with_normed_input<Stream, Product>(x, columns, norm, f);
 }
 
-// dx (rows, columns) holds dy and becomes the gradient of x, plus `skip` unless that is null.
-// dweight and dbias (columns): null where not wanted.
+// A norm's backward, some rows at a time. dx (rows, columns) holds dy and becomes the gradient of x,
+// plus `skip` unless that is null.
 template <class Storage>
-void norm_backward(const Storage* x, int64_t rows, int64_t columns, const LayerNorm& norm,
-                   const Storage* skip, Storage* dx, Storage* dweight, Storage* dbias) {
+class NormBackward {
+ public:
   using Sum = typename Accumulation<Storage>::type;
-  const Normalized<Storage> n(norm);
-  const int64_t tasks = (rows + kNormRows - 1) / kNormRows, padded = round_up<Sum>(columns);
-  Buffer<Sum> sums(static_cast<size_t>(tasks * 2 * padded));  // of each task: dweight, dbias
-  parallel_for(tasks, 0, [&](int64_t task, std::byte*) {
-    Sum *weight_sum = sums.get() + task * 2 * padded, *bias_sum = weight_sum + padded;
-    std::fill_n(weight_sum, 2 * padded, Sum(0));
-    for (int64_t i = task * kNormRows; i < std::min(rows, (task + 1) * kNormRows); ++i) {
-      const Storage* row = x + i * columns;
-      Storage* out = dx + i * columns;
-      const auto centred = [&](int64_t j, auto part) {
-        return (load(row + j, part) - n.mean[i]) * n.rstd[i];
-      };
-      Vec<Sum> g_sum{}, product_sum{};
-      for_columns<Sum>(columns, [&](int64_t j, auto part) {
-        const Vec<Sum> dy = load(out + j, part), xhat = centred(j, part);
-        const Vec<Sum> g = dy * load(n.weight + j, part);
-        g_sum += g;
-        product_sum += g * xhat;
-        store(weight_sum + j, load(weight_sum + j) + dy * xhat);
-        store(bias_sum + j, load(bias_sum + j) + dy);
-      });
-      const Sum g_mean = reduce_sum<Sum>(g_sum) / static_cast<Sum>(columns);
-      const Sum product_mean = reduce_sum<Sum>(product_sum) / static_cast<Sum>(columns);
-      for_columns<Sum>(columns, [&](int64_t j, auto part) {
-        const Vec<Sum> g = load(out + j, part) * load(n.weight + j, part);
-        Vec<Sum> result = (g - g_mean - centred(j, part) * product_mean) * n.rstd[i];
-        if (skip) result += load(skip + i * columns + j, part);
-        store(out + j, result, part);
-      });
+
+  NormBackward(const Storage* x, int64_t rows, int64_t columns, const LayerNorm& norm,
+               const Storage* skip, Storage* dx)
+      : x_(x),
+        columns_(columns),
+        padded_(round_up<Sum>(columns)),
+        units_((rows + kRowUnit - 1) / kRowUnit),
+        norm_(norm),
+        skip_(skip),
+        dx_(dx),
+        sums_(static_cast<size_t>(units_ * 2 * padded_)) {}
+
+  // Rows [first, first + rows), first being a multiple of kRowUnit.
+  void operator()(int64_t first, int64_t rows) const {
+    for (int64_t i = first; i < first + rows; ++i) {
+      Sum* weight_sum = sums_.get() + i / kRowUnit * 2 * padded_;
+      if (i % kRowUnit == 0) std::fill_n(weight_sum, 2 * padded_, Sum(0));
+      row(i, weight_sum, weight_sum + padded_);
     }
-  });
-  if (dweight) sum_rows(sums.get(), tasks, 2 * padded, columns, dweight);
-  if (dbias) sum_rows(sums.get() + padded, tasks, 2 * padded, columns, dbias);
-}
+  }
+
+  // dweight and dbias (columns), of all rows: null where not wanted.
+  void gradients(Storage* dweight, Storage* dbias) const {
+    if (dweight) sum_rows(sums_.get(), units_, 2 * padded_, columns_, dweight);
+    if (dbias) sum_rows(sums_.get() + padded_, units_, 2 * padded_, columns_, dbias);
+  }
+
+ private:
+  void row(int64_t i, Sum* weight_sum, Sum* bias_sum) const {
+    const Storage* x = x_ + i * columns_;
+    Storage* out = dx_ + i * columns_;
+    const auto centred = [&](int64_t j, auto part) {
+      return (load(x + j, part) - norm_.mean[i]) * norm_.rstd[i];
+    };
+    Vec<Sum> g_sum{}, product_sum{};
+    for_columns<Sum>(columns_, [&](int64_t j, auto part) {
+      const Vec<Sum> dy = load(out + j, part), xhat = centred(j, part);
+      const Vec<Sum> g = dy * load(norm_.weight + j, part);
+      g_sum += g;
+      product_sum += g * xhat;
+      store(weight_sum + j, load(weight_sum + j) + dy * xhat);
+      store(bias_sum + j, load(bias_sum + j) + dy);
+    });
+    const Sum g_mean = reduce_sum<Sum>(g_sum) / static_cast<Sum>(columns_);
+    const Sum product_mean = reduce_sum<Sum>(product_sum) / static_cast<Sum>(columns_);
+    for_columns<Sum>(columns_, [&](int64_t j, auto part) {
+      const Vec<Sum> g = load(out + j, part) * load(norm_.weight + j, part);
+      Vec<Sum> result = (g - g_mean - centred(j, part) * product_mean) * norm_.rstd[i];
+      if (skip_) result += load(skip_ + i * columns_ + j, part);
+      store(out + j, result, part);
+    });
+  }
+
+  const Storage* x_;
+  int64_t columns_, padded_, units_;
+  Normalized<Storage> norm_;
+  const Storage* skip_;
+  Storage* dx_;
+  Buffer<Sum> sums_;  // of each unit of rows: dweight, dbias
+};
 
 }  // namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL
