@@ -29,7 +29,7 @@ Doubles attention(DType dtype, int64_t dim) {
   return join({&r.out, &r.lse, &r.dq, &r.dk, &r.dv});
 }
 Doubles ffn(DType dtype) {
-  const FfnCase c{dtype, Activation::kGelu, 70, 65, 97};
+  const FfnCase c{dtype, Activation::kGelu, 70, 66, 100};
   const FfnResult r = run_ffn(Cuda{}, c, ffn_inputs(c));
   return join({&r.out, &r.dx, &r.dw1, &r.db1, &r.dw2, &r.db2});
 }
@@ -51,6 +51,7 @@ void check_schedules(Op&& op) {
 TEST(attention_is_the_same_in_every_schedule) {
   check_schedules([] { return attention(DType::kFloat32, 80); });
   check_schedules([] { return attention(DType::kBFloat16, 42); });
+  check_schedules([] { return attention(DType::kFloat16, 200); });
   check_schedules([] { return attention(DType::kFloat64, 42); });
 }
 
@@ -87,6 +88,15 @@ TEST(attention_needs_each_barrier_and_shuffle) {  // 4 barriers; row_max, row_su
 
 TEST(ffn_needs_each_barrier) {  // product's two and that of the column sums
   check_every_site(3, [] { return ffn(DType::kFloat32); });
+}
+
+// Barriers of the block and of warps, commits and waits, shuffles, ldmatrix and mma.
+TEST(attention_on_tensor_cores_needs_each_instruction) {
+  check_every_site(24, [] { return attention(DType::kBFloat16, 42); });
+}
+
+TEST(ffn_on_tensor_cores_needs_each_instruction) {
+  check_every_site(12, [] { return ffn(DType::kBFloat16); });
 }
 
 }  // namespace
