@@ -50,7 +50,7 @@ struct Statistics {
 
 template <class T, int kDim, bool kOfKeys>
 __global__ void __launch_bounds__(kHeadThreads, kDim == 256 ? 1 : 2)
-    attention_gradient_kernel(const AttentionBackward p) {
+    attention_gradient_mma_kernel(const AttentionBackward p) {
   using Shape = GradientShape<kDim, kOfKeys>;
   constexpr int kStreamed = Shape::kStreamed, kTiles = kStreamed / 8;
   auto& shared = shared_memory<GradientTiles<T, kDim, kOfKeys>>();
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kHeadThreads, kDim == 256 ? 1 : 2)
 
 template <class T, int kDim, bool kOfKeys>
 void launch_gradient(Cuda backend, const char* name, const AttentionBackward& p) {
-  launch(backend, name, attention_gradient_kernel<T, kDim, kOfKeys>,
+  launch(backend, name, attention_gradient_mma_kernel<T, kDim, kOfKeys>,
          all_heads(p.problem) * head_tiles(p.problem) * GradientShape<kDim, kOfKeys>::kParts,
          kHeadThreads, sizeof(GradientTiles<T, kDim, kOfKeys>), p);
 }

@@ -124,11 +124,13 @@ __global__ void __launch_bounds__(GemmShape<kLayout>::kThreads, GemmShape<kLayou
         if (row < rows && column < columns) epilogue(row, column, value);
       });
     }
-    if (!with_sums || lane() % 4 != 0) continue;
+    if constexpr (kLayout == Layout::kTN) {
+      if (!with_sums || lane() % 4 != 0) continue;
 #pragma unroll
-    for (int i = 0; i < 4; i += 2) {  // every column holds the sum
-      const int64_t row = block_row0 + element_row(i);
-      if (row < rows) row_sums[row] = static_cast<T>(sums[m][i]);
+      for (int i = 0; i < 4; i += 2) {  // every column holds the sum
+        const int64_t row = block_row0 + element_row(i);
+        if (row < rows) row_sums[row] = static_cast<T>(sums[m][i]);
+      }
     }
   }
 }

@@ -57,6 +57,7 @@ std::vector<Meeting> meetings;  // one a warp
 alignas(1024) std::byte arena[1024 + kMaxSharedBytes + kRedZone];
 std::byte* const shared_begin = arena + 1024;  // as aligned as any instruction may want it
 std::set<Site> sites;
+std::set<Kernel> kernels;
 
 std::string name_of(const void* kernel) {
   Dl_info info;
@@ -234,6 +235,7 @@ Options& options() {
 }
 
 std::set<Site> take_sites() { return std::exchange(sites, {}); }
+std::set<Kernel> take_kernels() { return std::exchange(kernels, {}); }
 
 void throw_error(const std::string& what) {
   std::ostringstream message;
@@ -264,6 +266,7 @@ void run(const Launch& launch) {
   current.grid_size = launch.grid;
   thread_count = launch.block.x * launch.block.y * launch.block.z;
   while (threads.size() < thread_count) threads.emplace_back();
+  kernels.insert({name_of(launch.kernel), thread_count, launch.shared_bytes});
 
   // Blocks may run in any order: last to first in every schedule but the first.
   std::mt19937_64 random(options().seed);

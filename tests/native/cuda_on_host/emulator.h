@@ -37,6 +37,14 @@ struct Site {
   auto operator<=>(const Site&) const = default;
 };
 
+// A kernel that was launched, and how.
+struct Kernel {
+  std::string name;
+  unsigned threads;
+  size_t shared_bytes;
+  auto operator<=>(const Kernel&) const = default;
+};
+
 enum class Schedule {
   kInOrder,     // every thread in turn, from the first
   kReverse,     // ... from the last
@@ -55,6 +63,9 @@ Options& options();
 
 // Every place where such a bug could have been planted, met since the last call.
 std::set<Site> take_sites();
+
+// Every kernel launched since the last call.
+std::set<Kernel> take_kernels();
 
 struct Index {
   unsigned x, y, z;
