@@ -6,9 +6,10 @@
 //   dQ = scale dS K,  dK = scale dS^T Q.
 // First delta, a warp a row. Then dQ, a block a tile of queries, which walks the keys up to the
 // diagonal; and dK and dV, a block a tile of keys, which walks the queries down from the diagonal.
-// Both rebuild P and dS a tile at a time: on tensor cores for the 16-bit types, by the two kernels
-// below for the others.
+// Both rebuild P and dS a tile at a time: on tensor cores for the 16-bit types, where short
+// sequences take one kernel in all, and by the kernels below for the others.
 #include "cuda/attention_gradient.cuh"
+#include "cuda/attention_tiny.cuh"
 
 namespace gpt_ext::cuda {
 
@@ -133,6 +134,11 @@ void attention_backward(Cuda backend, const AttentionBackward& p) {
   cuda::dispatch_dtype(p.problem.dtype, [&](auto element) {
     using T = typename decltype(element)::type;
     using Acc = cuda::Accumulator<T>;
+    if constexpr (sizeof(T) == 2) {
+      if (p.problem.time <= cuda::kTinyTime && p.problem.dim <= cuda::kTinyDim) {
+        return cuda::launch_tiny_gradient<T>(backend, p);
+      }
+    }
     const int64_t rows = cuda::all_heads(p.problem) * p.problem.time;
     cuda::launch(backend, "attention_backward: delta", cuda::attention_delta_kernel<T>,
                  (rows + cuda::kWarps - 1) / cuda::kWarps, cuda::kThreads, 0, p);

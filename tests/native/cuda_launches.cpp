@@ -11,8 +11,10 @@ int main() {
   using namespace gpt_ext::test;
   for (const DType dtype : {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     for (const int64_t dim : {48, 64, 128, 256}) {
-      const AttentionCase c{dtype, 1, 2, 1, dim};
-      run_attention(Cuda{}, c, attention_inputs(c));
+      for (const int64_t time : {2, 129}) {
+        const AttentionCase c{dtype, 1, time, 1, dim};
+        run_attention(Cuda{}, c, attention_inputs(c));
+      }
     }
     const FfnCase c{dtype, Activation::kGelu, 2, 2, 2};
     run_ffn(Cuda{}, c, ffn_inputs(c));

@@ -26,12 +26,17 @@ TEST(every_head_size_and_length_in_16_bits) {
     }
   }
   check_case({DType::kFloat16, 1, 300, 1, 80});
+  for (const int64_t time : {16, 31, 100, 112, 113, 128}) {  // a block a head, and its blocks of 16
+    check_case({DType::kBFloat16, 2, time, 2, 42, HeadsLayout::kPacked, time > 100 ? 0.3 : 0});
+    check_case({DType::kFloat16, 1, time, 1, 64, HeadsLayout::kContiguous, time > 100 ? 0.3 : 0});
+  }
 }
 
 // Rows that begin at multiples of 16, 8, 4 and 2 bytes, each with ends that are none.
 TEST(every_alignment_of_rows) {
   for (const int64_t dim : {61, 13, 57, 39, 42, 30}) {  // padded: 64, 16, 60, 42, 45 and 33
     check_case({DType::kBFloat16, 2, 70, 3, dim, HeadsLayout::kPadded, 0.1});
+    check_case({DType::kBFloat16, 1, 150, 1, dim, HeadsLayout::kPadded, 0.1});
   }
   for (const int64_t dim : {8, 40, 12, 6, 7}) {  // packed, with three heads
     check_case({DType::kFloat16, 2, 70, 3, dim, HeadsLayout::kPacked});
