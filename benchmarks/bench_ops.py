@@ -1,5 +1,7 @@
 """Times gpt_ext.ops against PyTorch: eager, scaled_dot_product_attention and torch.compile.
 
+On CUDA also against each of SDPA's backends; eager's products are cuBLAS's there.
+
     python benchmarks/bench_ops.py [--device cpu|cuda] [--ops OP...] [--rounds N] [--json FILE]
                                    [--record]
 
@@ -28,11 +30,15 @@ from contest import (
     table,
     time_in_turn,
 )
-from op_cases import CASES, Call, Case, Maker
+from op_cases import CASES, SDPA_BACKENDS, Call, Case, Maker
 from torch import Tensor
 
 PEERS = ("eager", "SDPA", "compile")
-COLUMNS = ["op", "shape", "dtype", "direction", "gpt_ext, us", *PEERS]
+KEYS = ["op", "shape", "dtype", "direction"]
+
+
+def peers(device: str) -> tuple[str, ...]:
+    return (*PEERS, *SDPA_BACKENDS) if device == "cuda" else PEERS
 
 
 def results_of(call: Call, inputs: tuple[Tensor, ...], dout: Tensor) -> list[Tensor]:
@@ -58,15 +64,14 @@ def check(case: Case) -> None:
 
 
 def runnable(case: Case) -> dict[str, Call]:
-    """The calls, without a torch.compile that does not work on this machine."""
+    """The calls, without what does not work on this machine or takes no such shape."""
     calls = dict(case.calls)
-    if "compile" not in calls:
-        return calls
-    try:
-        calls["compile"](*case.inputs)
-    except Exception as error:  # whatever the compiler chain throws: a peer left out, with a word
-        print(f"compile left out: {first_line(error)}")
-        del calls["compile"]
+    for name in calls.keys() & {"compile", *SDPA_BACKENDS}:
+        try:
+            calls[name](*case.inputs)
+        except Exception as error:  # whatever the compiler chain throws: left out, with a word
+            print(f"{name} left out: {first_line(error)}")
+            del calls[name]
     return calls
 
 
@@ -108,12 +113,12 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 }
 
 
-def cells(result: dict[str, Any]) -> list[str]:
+def cells(result: dict[str, Any], device: str) -> list[str]:
     contestants = result["contestants"]
     return [
-        *(result[key] for key in COLUMNS[:4]),
+        *(result[key] for key in KEYS),
         our_cell(contestants[OURS], 1e6),
-        *(cell(contestants.get(peer), 1e6) for peer in PEERS),
+        *(cell(contestants.get(peer), 1e6) for peer in peers(device)),
     ]
 
 
@@ -129,8 +134,9 @@ def main() -> None:
     torch.manual_seed(0)
     report = Report(f"bench_ops {options.device}", options)
     for result in measure(options):
-        report.add(result, cells(result))
-    report.finish(table(COLUMNS, [cells(result) for result in report.results]))
+        report.add(result, cells(result, options.device))
+    rows = [cells(result, options.device) for result in report.results]
+    report.finish(table([*KEYS, "gpt_ext, us", *peers(options.device)], rows))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt_ext import ops
 
@@ -17,6 +18,11 @@ ATTENTION_SHAPES = {  # (B, T, H, D)
     "GPT-2 124M": (4, 1024, 12, 64),
     "GPT-2 124M, long": (1, 4096, 12, 64),
     "wide heads": (1, 1024, 4, 128),
+}
+SDPA_BACKENDS = {  # what SDPA chooses from, on CUDA
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
 }
 MOST_SCORES = 2**24  # B H T T; beyond it, attention from its formula is no contestant
 FFN_SHAPES = {  # (N, d, h), activation
@@ -85,6 +91,14 @@ def sdpa(qkv: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).contiguous()
 
 
+def sdpa_by(backend: SDPBackend) -> Call:
+    def call(qkv: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return sdpa(qkv)
+
+    return call
+
+
 def our_attention(qkv: Tensor) -> Tensor:
     return ops.packed_causal_attention(qkv)
 
@@ -93,12 +107,15 @@ def attention_cases(make: Maker) -> Iterator[Case]:
     for name, (batch, time_steps, heads, dim) in ATTENTION_SHAPES.items():
         qkv = make.normal(batch, time_steps, 3, heads, dim)
         shape = f"{name} {batch}x{time_steps}x{heads}x{dim}"
+        theirs = {"SDPA": sdpa}
+        if make.device == "cuda":
+            theirs |= {name: sdpa_by(backend) for name, backend in SDPA_BACKENDS.items()}
         if batch * heads * time_steps**2 <= MOST_SCORES:
             found = case("attention", shape, (qkv,), our_attention, eager_attention)
-            found.calls["SDPA"] = sdpa
+            found.calls.update(theirs)
             yield found
         else:
-            calls = {"gpt_ext": our_attention, "SDPA": sdpa}
+            calls = {"gpt_ext": our_attention, **theirs}
             one_head = qkv[:1, ..., :1, :]
             yield Case("attention", shape, (qkv,), calls, eager_attention, (one_head,))
 

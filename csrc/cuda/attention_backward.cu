@@ -6,12 +6,13 @@
 //   dQ = scale dS K,  dK = scale dS^T Q.
 // First delta, a warp a row. Then dQ, a block a tile of queries, which walks the keys up to the
 // diagonal; and dK and dV, a block a tile of keys, which walks the queries down from the diagonal.
-// Both rebuild P and dS a tile at a time.
-#include "cuda/attention.cuh"
+// Both rebuild P and dS a tile at a time: on tensor cores for the 16-bit types, where short
+// sequences take one kernel in all, and by the kernels below for the others.
+#include "cuda/attention_gradient.cuh"
+#include "cuda/attention_tiny.cuh"
 
 namespace gpt_ext::cuda {
 
-constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 
 template <class T>
@@ -133,17 +134,29 @@ void attention_backward(Cuda backend, const AttentionBackward& p) {
   cuda::dispatch_dtype(p.problem.dtype, [&](auto element) {
     using T = typename decltype(element)::type;
     using Acc = cuda::Accumulator<T>;
+    if constexpr (sizeof(T) == 2) {
+      if (p.problem.time <= cuda::kTinyTime && p.problem.dim <= cuda::kTinyDim) {
+        return cuda::launch_tiny_gradient<T>(backend, p);
+      }
+    }
     const int64_t rows = cuda::all_heads(p.problem) * p.problem.time;
-    const int64_t tiles = cuda::all_heads(p.problem) * cuda::time_tiles<Acc>(p.problem);
-    constexpr size_t kShared = sizeof(cuda::TilePair<Acc>);
     cuda::launch(backend, "attention_backward: delta", cuda::attention_delta_kernel<T>,
                  (rows + cuda::kWarps - 1) / cuda::kWarps, cuda::kThreads, 0, p);
-    cuda::dispatch_head_dim(p.problem.dim, [&](auto dim) {
-      cuda::launch(backend, "attention_backward: dq", cuda::attention_dq_kernel<T, dim()>, tiles,
-                   cuda::kThreads, kShared, p);
-      cuda::launch(backend, "attention_backward: dk, dv", cuda::attention_dkv_kernel<T, dim()>,
-                   tiles, cuda::kThreads, kShared, p);
-    });
+    if constexpr (sizeof(T) == 2) {
+      cuda::dispatch_padded_dim(p.problem.dim, [&](auto dim) {
+        cuda::launch_gradient<T, dim(), false>(backend, "attention_backward: dq", p);
+        cuda::launch_gradient<T, dim(), true>(backend, "attention_backward: dk, dv", p);
+      });
+    } else {
+      const int64_t tiles = cuda::all_heads(p.problem) * cuda::time_tiles<Acc>(p.problem);
+      constexpr size_t kShared = sizeof(cuda::TilePair<Acc>);
+      cuda::dispatch_head_dim(p.problem.dim, [&](auto dim) {
+        cuda::launch(backend, "attention_backward: dq", cuda::attention_dq_kernel<T, dim()>, tiles,
+                     cuda::kThreads, kShared, p);
+        cuda::launch(backend, "attention_backward: dk, dv", cuda::attention_dkv_kernel<T, dim()>,
+                     tiles, cuda::kThreads, kShared, p);
+      });
+    }
   });
 }
 

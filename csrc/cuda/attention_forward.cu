@@ -1,10 +1,12 @@
 // Causal attention, forward: out = softmax(scale Q K^T) V and lse, for any head size and dtype.
 //
-// A block computes one tile of queries of one head, walking the tiles of keys from the first to the
-// diagonal with the online softmax: it keeps, for each row, the maximum m of the scores seen so far
-// and the sums l = sum exp(s - m) and o = sum exp(s - m) v, which it rescales whenever m grows. At
-// the end out = o / l and lse = m + log l. Scores live in registers, a tile at a time.
-#include "cuda/attention.cuh"
+// Two kernels of one method: one for float64 and float32, and FlashAttention-2's (Dao, 2023) on
+// tensor cores for the 16-bit types. A block computes one tile of queries of one head, walking the
+// tiles of keys from the first to the diagonal with the online softmax: it keeps, for each row, the
+// maximum m of the scores seen so far and the sums l = sum exp(s - m) and o = sum exp(s - m) v,
+// which it rescales whenever m grows. At the end out = o / l and lse = m + log l. Scores live in
+// registers, a tile at a time.
+#include "cuda/attention_tiles.cuh"
 
 namespace gpt_ext::cuda {
 
@@ -77,20 +79,147 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<kDim>)
   store_head<T>(p.out, problem, head, row0, out, inverse);
 }
 
+// Keys of a tile: as many as registers (S, a row of out) and shared memory have room for.
+template <int kDim>
+constexpr int kForwardKeys = kDim == 256 ? 32 : 64;
+
+template <class T, int kDim>
+struct ForwardTiles {
+  WarpTile<T, kHeadRows, kDim> q;
+  WarpTile<T, kForwardKeys<kDim>, kDim> k, v;
+};
+
+// One online-softmax step for the scores of a tile, in base 2: s becomes exp2(s - maximum), and
+// what the rows' sums so far have to be multiplied by is returned in rescale.
+template <int kTiles>
+__device__ void softmax_step(float (&s)[kTiles][4], float (&maximum)[2], float (&sum)[2],
+                             float (&rescale)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {  // rows g and g + 8
+    float new_maximum = maximum[half];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      new_maximum = fmaxf(new_maximum, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+    }
+    for (int step = 1; step < 4; step *= 2) {  // over the four lanes of a row
+      new_maximum = fmaxf(new_maximum, __shfl_xor_sync(0xFFFFFFFFu, new_maximum, step));
+    }
+    const float shift = new_maximum == -INFINITY ? 0 : new_maximum;  // as in the kernel above
+    rescale[half] = approximate_exp2(maximum[half] - shift);
+    maximum[half] = new_maximum;
+    sum[half] *= rescale[half];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        s[n][i] = approximate_exp2(s[n][i] - shift);
+        sum[half] += s[n][i];
+      }
+    }
+  }
+}
+
+// The loads of V run behind S = Q K^T, those of the next K behind P V. What reads a tile is over
+// before the barrier ahead of the next copy into it.
+template <class T, int kDim>
+__global__ void __launch_bounds__(kHeadThreads, 2)
+    attention_forward_mma_kernel(const AttentionForward p) {
+  constexpr int kKeys = kForwardKeys<kDim>;
+  auto& shared = shared_memory<ForwardTiles<T, kDim>>();
+  const AttentionProblem& problem = p.problem;
+  const int64_t heads = all_heads(problem), head = blockIdx.x % heads;
+  const int64_t row0 = (gridDim.x / heads - 1 - blockIdx.x / heads) * kHeadRows;
+  const Matrix<T> q = head_matrix<T>(p.q, problem, head), k = head_matrix<T>(p.k, problem, head),
+                  v = head_matrix<T>(p.v, problem, head);
+  const int64_t warp_row0 = row0 + warp() * kWarpRows;
+  const int64_t keys = row0 + kHeadRows < problem.time ? row0 + kHeadRows : problem.time;
+  const float scale = static_cast<float>(problem.scale) * kLog2E;
+  const Dropout<float> dropout(problem);
+
+  float out[kDim / 8][4] = {}, maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+  copy_tile<kHeadThreads>(shared.q, q, row0, 0);
+  copy_tile<kHeadThreads>(shared.k, k, 0, 0);
+  commit_copies();
+  for (int64_t key0 = 0; key0 < keys; key0 += kKeys) {
+    wait_copies<0>();
+    __syncthreads();  // k (and q) is whole, v free
+    copy_tile<kHeadThreads>(shared.v, v, key0, 0);
+    commit_copies();
+    float s[kKeys / 8][4] = {};
+    add_product<T>(s, shared.q, warp() * kWarpRows, shared.k);
+    wait_copies<0>();
+    __syncthreads();  // v is whole, k free
+    if (key0 + kKeys < keys) copy_tile<kHeadThreads>(shared.k, k, key0 + kKeys, 0);
+    commit_copies();
+
+    const bool diagonal = key0 + kKeys > warp_row0 + 1;  // some score of the warp is ahead of it
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool seen =
+            !diagonal || key0 + n * 8 + element_column(i) <= warp_row0 + element_row(i);
+        s[n][i] = seen ? scale * s[n][i] : -INFINITY;
+      }
+    }
+    float rescale[2];
+    softmax_step(s, maximum, sum, rescale);
+    if (dropout.on) {
+      const uint32_t kept = kept_by_query<kKeys / 8>(dropout.mask, head, warp_row0, key0);
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[n][i] = kept >> (4 * n + i) & 1 ? s[n][i] : 0;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[n][i] *= rescale[i / 2];
+    }
+    add_product(out, s, shared.v, 0);
+  }
+
+  float factor[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    for (int step = 1; step < 4; step *= 2) {
+      sum[half] += __shfl_xor_sync(0xFFFFFFFFu, sum[half], step);
+    }
+    factor[half] = (dropout.on ? dropout.scale : 1) / sum[half];
+    const int64_t row = warp_row0 + element_row(2 * half);
+    if (lane() % 4 == 0 && row < problem.time) {
+      static_cast<float*>(p.lse)[head * problem.time + row] =
+          kLn2 * maximum[half] + logf(sum[half]);
+    }
+  }
+  Slab& slab = slab_over_own_rows(shared.q);  // no other warp reads these
+  store_head<T>(p.out, problem, head, warp_row0, 0, slab, out, factor);
+}
+
 }  // namespace gpt_ext::cuda
 
 namespace gpt_ext {
 
 void attention_forward(Cuda backend, const AttentionForward& p) {
   cuda::check_problem(p.problem);
+  const int64_t heads = cuda::all_heads(p.problem);
   cuda::dispatch_dtype(p.problem.dtype, [&](auto element) {
-    cuda::dispatch_head_dim(p.problem.dim, [&](auto dim) {
-      using T = typename decltype(element)::type;
-      using Acc = cuda::Accumulator<T>;
-      cuda::launch(backend, "attention_forward", cuda::attention_forward_kernel<T, dim()>,
-                   cuda::all_heads(p.problem) * cuda::time_tiles<Acc>(p.problem), cuda::kThreads,
-                   sizeof(cuda::TilePair<Acc>), p);
-    });
+    using T = typename decltype(element)::type;
+    using Acc = cuda::Accumulator<T>;
+    if constexpr (sizeof(T) == 2) {
+      cuda::dispatch_padded_dim(p.problem.dim, [&](auto dim) {
+        cuda::launch(backend, "attention_forward", cuda::attention_forward_mma_kernel<T, dim()>,
+                     heads * cuda::head_tiles(p.problem), cuda::kHeadThreads,
+                     sizeof(cuda::ForwardTiles<T, dim()>), p);
+      });
+    } else {
+      cuda::dispatch_head_dim(p.problem.dim, [&](auto dim) {
+        cuda::launch(backend, "attention_forward", cuda::attention_forward_kernel<T, dim()>,
+                     heads * cuda::time_tiles<Acc>(p.problem), cuda::kThreads,
+                     sizeof(cuda::TilePair<Acc>), p);
+      });
+    }
   });
 }
 

@@ -1,10 +1,12 @@
 // The feed-forward network, backward. With z saved, or for kRelu act(z), whose sign is z's:
 //   dz = (dout W2) act'(z),  dx = dz W1,  dW1 = dz^T x,  db1 = sum of dz's rows,
 //   dW2 = dout^T act(z),     db2 = sum of dout's rows.
-// The derivative is fused into the first product's epilogue, act(z) into the load of dW2's operand.
+// The derivative is fused into the first product's epilogue. Sums of rows and act(z) are, for the
+// 16-bit types, part of the weights' products and a pass of its own; for the others the other way
+// round: a kernel of its own, and fused into the load of dW2's operand.
 #include "cuda/activation.cuh"
 #include "cuda/ffn.cuh"
-#include "cuda/gemm.cuh"
+#include "cuda/gemm_mma.cuh"
 
 namespace gpt_ext::cuda {
 
@@ -66,6 +68,37 @@ void column_sums(Cuda backend, const char* name, void* sums, const void* matrix,
          static_cast<const T*>(matrix), rows, columns);
 }
 
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    activate_kernel(T* out, const T* z, int64_t size, Activation activation) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i < size) out[i] = static_cast<T>(activate(activation, static_cast<float>(z[i])));
+}
+
+// dw = dout^T x and db, of a linear layer whose output has the gradient dout: either may be null.
+template <class T>
+void weight_gradients(Cuda backend, const char* name, void* dw, void* db, const Matrix<T>& dout,
+                      const Matrix<T>& x) {
+  if (dw == nullptr && db == nullptr) return;
+  gemm<Layout::kTN>(backend, name, dout, x, dout.columns, dw == nullptr ? 0 : x.columns, x.rows,
+                    Store<T>{static_cast<T*>(dw), x.columns}, static_cast<T*>(db));
+}
+
+// dW2 and db2 for the 16-bit types. The memory of dz, not yet made, holds act(z) for a while.
+template <class T>
+void second_weights(Cuda backend, const FfnBackward& p, const Matrix<T>& dout, const T* saved) {
+  const auto [precision, activation, rows, d, h] = p.problem;
+  const T* hidden = saved;
+  if (activation != Activation::kRelu && p.dw2 != nullptr) {
+    launch(backend, "ffn_backward: act(z)", activate_kernel<T>,
+           (rows * h + kThreads - 1) / kThreads, kThreads, 0, static_cast<T*>(p.dz), saved,
+           rows * h, activation);
+    hidden = static_cast<const T*>(p.dz);
+  }
+  weight_gradients(backend, "ffn_backward: dw2, db2", p.dw2, p.db2, dout,
+                   Matrix<T>{hidden, h, rows, h});
+}
+
 }  // namespace gpt_ext::cuda
 
 namespace gpt_ext {
@@ -83,12 +116,16 @@ void ffn_backward(Cuda backend, const FfnBackward& p) {
     const cuda::Matrix<T, cuda::Activate> hidden{saved, h, rows, h, {activation}};
     const cuda::Matrix<T> dz{static_cast<const T*>(p.dz), h, rows, h};
 
-    if (p.dw2 != nullptr) {
-      cuda::gemm<Layout::kTN>(backend, "ffn_backward: dw2", dout, hidden, d, h, rows,
-                              Store<T>{static_cast<T*>(p.dw2), h});
-    }
-    if (p.db2 != nullptr) {
-      cuda::column_sums<T>(backend, "ffn_backward: db2", p.db2, p.dout, rows, d);
+    if constexpr (sizeof(T) == 2) {
+      cuda::second_weights(backend, p, dout, saved);
+    } else {
+      if (p.dw2 != nullptr) {
+        cuda::gemm<Layout::kTN>(backend, "ffn_backward: dw2", dout, hidden, d, h, rows,
+                                Store<T>{static_cast<T*>(p.dw2), h});
+      }
+      if (p.db2 != nullptr) {
+        cuda::column_sums<T>(backend, "ffn_backward: db2", p.db2, p.dout, rows, d);
+      }
     }
     if (p.dx == nullptr && p.dw1 == nullptr && p.db1 == nullptr) return;
     cuda::gemm<Layout::kNN>(backend, "ffn_backward: dz", dout, w2, rows, h, d,
@@ -97,11 +134,17 @@ void ffn_backward(Cuda backend, const FfnBackward& p) {
       cuda::gemm<Layout::kNN>(backend, "ffn_backward: dx", dz, w1, rows, d, h,
                               Store<T>{static_cast<T*>(p.dx), d});
     }
-    if (p.dw1 != nullptr) {
-      cuda::gemm<Layout::kTN>(backend, "ffn_backward: dw1", dz, x, h, d, rows,
-                              Store<T>{static_cast<T*>(p.dw1), d});
+    if constexpr (sizeof(T) == 2) {
+      cuda::weight_gradients(backend, "ffn_backward: dw1, db1", p.dw1, p.db1, dz, x);
+    } else {
+      if (p.dw1 != nullptr) {
+        cuda::gemm<Layout::kTN>(backend, "ffn_backward: dw1", dz, x, h, d, rows,
+                                Store<T>{static_cast<T*>(p.dw1), d});
+      }
+      if (p.db1 != nullptr) {
+        cuda::column_sums<T>(backend, "ffn_backward: db1", p.db1, p.dz, rows, h);
+      }
     }
-    if (p.db1 != nullptr) cuda::column_sums<T>(backend, "ffn_backward: db1", p.db1, p.dz, rows, h);
   });
 }
 

@@ -2,7 +2,7 @@
 //   hidden = act(x W1^T + b1),  out = hidden W2^T + b2
 #include "cuda/activation.cuh"
 #include "cuda/ffn.cuh"
-#include "cuda/gemm.cuh"
+#include "cuda/gemm_mma.cuh"
 
 namespace gpt_ext::cuda {
 

@@ -34,6 +34,10 @@ void dispatch_dtype(DType dtype, F&& f) {
   throw Error("unknown dtype");
 }
 
+// What a block may have of shared memory without asking, and what it gets by asking on sm_86 and
+// sm_89, which have the least.
+constexpr size_t kSharedBytes = 48 * 1024, kMaxSharedBytes = 99 * 1024;
+
 // Enqueues kernel(args...) on a row of blocks: along x, the only side that takes 2^31 - 1 of them.
 // Without blocks there is no work, and nothing is launched.
 template <class... Params>
@@ -46,7 +50,12 @@ void launch(Cuda backend, const char* name, void (*kernel)(Params...), int64_t b
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(backend.stream);
-  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, args...);
+  cudaError_t status = cudaSuccess;
+  if (shared_bytes > kSharedBytes) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(shared_bytes));
+  }
+  if (status == cudaSuccess) status = cudaLaunchKernelEx(&config, kernel, args...);
   if (status == cudaSuccess) return;
   cudaGetLastError();  // told by the exception: nobody should meet it again
   throw Error(std::string(name) + ": " + cudaGetErrorString(status));

@@ -18,6 +18,31 @@ TEST(every_head_size_and_length) {
   }
 }
 
+// Tensor cores: every width that head sizes are padded to, its edges, and one, two and more tiles.
+TEST(every_head_size_and_length_in_16_bits) {
+  for (const int64_t dim : {1, 16, 42, 48, 49, 64, 65, 127, 128, 129, 256}) {
+    for (const int64_t time : {1, 17, 64, 65, 130}) {
+      check_case({time == 17 ? DType::kFloat16 : DType::kBFloat16, 1, time, 2, dim});
+    }
+  }
+  check_case({DType::kFloat16, 1, 300, 1, 80});
+  for (const int64_t time : {16, 31, 100, 112, 113, 128}) {  // a block a head, and its blocks of 16
+    check_case({DType::kBFloat16, 2, time, 2, 42, HeadsLayout::kPacked, time > 100 ? 0.3 : 0});
+    check_case({DType::kFloat16, 1, time, 1, 64, HeadsLayout::kContiguous, time > 100 ? 0.3 : 0});
+  }
+}
+
+// Rows that begin at multiples of 16, 8, 4 and 2 bytes, each with ends that are none.
+TEST(every_alignment_of_rows) {
+  for (const int64_t dim : {61, 13, 57, 39, 42, 30}) {  // padded: 64, 16, 60, 42, 45 and 33
+    check_case({DType::kBFloat16, 2, 70, 3, dim, HeadsLayout::kPadded, 0.1});
+    check_case({DType::kBFloat16, 1, 150, 1, dim, HeadsLayout::kPadded, 0.1});
+  }
+  for (const int64_t dim : {8, 40, 12, 6, 7}) {  // packed, with three heads
+    check_case({DType::kFloat16, 2, 70, 3, dim, HeadsLayout::kPacked});
+  }
+}
+
 TEST(every_dtype_and_layout) {
   for (const DType dtype : kDTypes) {
     for (const auto layout : {HeadsLayout::kContiguous, HeadsLayout::kPacked,
@@ -33,12 +58,18 @@ TEST(dropout_is_the_contracts_mask) {
     check_case({dtype, 2, 70, 3, 42, HeadsLayout::kPacked, 0.2});
     check_case({dtype, 1, 33, 2, 200, HeadsLayout::kContiguous, 0.7});
   }
-  check_case({DType::kFloat32, 1, 20, 2, 16, HeadsLayout::kContiguous, 1.0});
+  for (const double p : {0.5, 1.0}) {
+    check_case({DType::kFloat32, 1, 20, 2, 16, HeadsLayout::kContiguous, p});
+    check_case({DType::kBFloat16, 1, 200, 2, 64, HeadsLayout::kContiguous, p});
+  }
 }
 
 TEST(a_scale_of_ones_own) {
   check_case({DType::kFloat64, 1, 40, 1, 24, HeadsLayout::kContiguous, 0, 0.7});
   check_case({DType::kFloat64, 1, 40, 1, 24, HeadsLayout::kContiguous, 0, -0.3});
+  check_case({DType::kBFloat16, 1, 70, 1, 24, HeadsLayout::kContiguous, 0, 0.4});
+  check_case({DType::kBFloat16, 1, 70, 1, 24, HeadsLayout::kContiguous, 0, -0.3});
+  check_case({DType::kBFloat16, 1, 70, 1, 24, HeadsLayout::kContiguous, 0, 1e-30});
 }
 
 TEST(nothing_to_do) {
@@ -49,15 +80,17 @@ TEST(nothing_to_do) {
 
 // Scores of several hundred: exp would overflow without the running maximum.
 TEST(large_scores) {
-  const AttentionCase c{DType::kFloat32, 1, 100, 1, 64, HeadsLayout::kContiguous, 0, 40.0};
-  const AttentionInputs inputs = attention_inputs(c);
-  const AttentionResult actual = run_attention(Cuda{}, c, inputs);
-  const AttentionResult expected = reference_attention(c, inputs);
-  CHECK(error(actual.out, expected.out) < 1e-3, error(actual.out, expected.out));
+  for (const auto& [dtype, bound] : {std::pair{DType::kFloat32, 1e-3}, {DType::kBFloat16, 0.01}}) {
+    const AttentionCase c{dtype, 1, 100, 1, 64, HeadsLayout::kContiguous, 0, 40.0};
+    const AttentionInputs inputs = attention_inputs(c);
+    const AttentionResult actual = run_attention(Cuda{}, c, inputs);
+    const AttentionResult expected = reference_attention(c, inputs);
+    CHECK(error(actual.out, expected.out) < bound, error(actual.out, expected.out));
+  }
 }
 
-TEST(a_query_sees_no_later_token) {
-  const AttentionCase c{DType::kFloat32, 1, 100, 2, 42};
+void check_nothing_is_seen_ahead(DType dtype) {
+  const AttentionCase c{dtype, 1, 100, 2, 42};
   AttentionInputs inputs = attention_inputs(c);
   const Doubles before = run_attention(Cuda{}, c, inputs).out;
   const int64_t row = c.heads * c.dim, cut = 67 * row;  // everything from token 67 on changes
@@ -67,6 +100,23 @@ TEST(a_query_sees_no_later_token) {
   const Doubles after = run_attention(Cuda{}, c, inputs).out;
   CHECK(std::equal(before.begin(), before.begin() + cut, after.begin()));
   CHECK(!std::equal(before.begin() + cut, before.end(), after.begin() + cut));
+}
+
+TEST(a_query_sees_no_later_token) {
+  check_nothing_is_seen_ahead(DType::kFloat32);
+  check_nothing_is_seen_ahead(DType::kFloat16);
+}
+
+// A score that is NaN, or infinitely small, is what the formulas make of it.
+TEST(what_is_not_finite) {
+  const AttentionCase c{DType::kBFloat16, 1, 70, 1, 20};
+  AttentionInputs inputs = attention_inputs(c);
+  const Doubles before = run_attention(Cuda{}, c, inputs).out;
+  inputs.k[66 * c.dim] = NAN;
+  const Doubles after = run_attention(Cuda{}, c, inputs).out;
+  for (int64_t i = 0; i < c.size(); ++i) {
+    CHECK(i / c.dim < 66 ? after[i] == before[i] : std::isnan(after[i]), i);
+  }
 }
 
 TEST(bad_problems_are_refused) {

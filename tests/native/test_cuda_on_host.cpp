@@ -304,6 +304,27 @@ TEST(launches_keep_a_devices_limits) {
   CHECK(cudaGetLastError() == cudaSuccess);
 }
 
+TEST(shared_memory_beyond_48_kb_is_asked_for) {
+  constexpr int kMost = 99 * 1024;
+  const auto allow = [](int bytes) {
+    return cudaFuncSetAttribute(kernels::throws, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                bytes);
+  };
+  const auto message = [](int bytes) {
+    return check::message_of([&] { launch(kernels::throws, 1, 32, bytes); });
+  };
+  CHECK(message(kMost) == "not launched");
+  CHECK(allow(kMost + 1) == cudaErrorInvalidValue);
+  CHECK(allow(kMost) == cudaSuccess);
+  CHECK(message(kMost) == "by thread 3");
+  CHECK(message(kMost + 1) == "not launched");
+  gpt_ext::cuda::launch(gpt_ext::Cuda{}, "asks", kernels::nothing, 1, 32, kMost);
+  CHECK(check::message_of([] {
+          gpt_ext::cuda::launch(gpt_ext::Cuda{}, "asks", kernels::nothing, 1, 32, kMost + 1);
+        }) == "asks: invalid argument");
+  cudaGetLastError();
+}
+
 TEST(our_launch_throws_what_cuda_says) {
   using gpt_ext::cuda::launch;
   const std::string message = check::message_of(

@@ -29,17 +29,30 @@ TEST(odd_shapes) {
   }
 }
 
+// Tensor cores: sides of one tile, of more and of parts, rows that begin at multiples of 16, 8, 4
+// and 2 bytes, and sums of fewer steps than there are stages, and of many.
+TEST(odd_shapes_in_16_bits) {
+  for (const int64_t rows : {1, 63, 129, 200}) {
+    for (const auto& [d, h] : {std::pair{1, 1}, {252, 66}, {64, 128}, {130, 257}, {33, 12}}) {
+      check_case({rows == 63 ? DType::kFloat16 : DType::kBFloat16, Activation::kGelu, rows, d, h});
+    }
+  }
+  check_case({DType::kBFloat16, Activation::kRelu, 130, 252, 1008});  // the seed's sides
+}
+
 TEST(empty_sides) {
-  for (const Activation activation : kActivations) {
-    check_case({DType::kFloat32, activation, 0, 5, 7});
-    check_case({DType::kFloat32, activation, 4, 0, 7});
-    check_case({DType::kFloat32, activation, 4, 5, 0});
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (const Activation activation : kActivations) {
+      check_case({dtype, activation, 0, 5, 7});
+      check_case({dtype, activation, 4, 0, 7});
+      check_case({dtype, activation, 4, 5, 0});
+    }
   }
 }
 
 // A gradient alone is what it is among the others.
-TEST(only_wanted_gradients) {
-  const FfnCase c{DType::kFloat32, Activation::kGeluTanh, 40, 33, 50};
+void check_only_wanted_gradients(DType dtype) {
+  const FfnCase c{dtype, Activation::kGeluTanh, 40, 33, 50};
   const FfnInputs inputs = ffn_inputs(c);
   const FfnResult all = run_ffn(Cuda{}, c, inputs);
   const auto only = [&](bool Wanted::*one) {
@@ -52,6 +65,11 @@ TEST(only_wanted_gradients) {
   CHECK(only(&Wanted::db1).db1 == all.db1);
   CHECK(only(&Wanted::dw2).dw2 == all.dw2);
   CHECK(only(&Wanted::db2).db2 == all.db2);
+}
+
+TEST(only_wanted_gradients) {
+  check_only_wanted_gradients(DType::kFloat32);
+  check_only_wanted_gradients(DType::kFloat16);
 }
 
 }  // namespace

@@ -23,13 +23,13 @@ Doubles join(std::initializer_list<const Doubles*> parts) {
 }
 
 // Everything an op computes at a size that takes several tiles each way, and a part of one.
-Doubles attention(DType dtype, int64_t dim) {
-  const AttentionCase c{dtype, 1, 2 * 64 + 1, 1, dim, HeadsLayout::kPacked, 0.1};
+Doubles attention(DType dtype, int64_t dim, int64_t time = 2 * 64 + 1) {
+  const AttentionCase c{dtype, 1, time, 1, dim, HeadsLayout::kPacked, 0.1};
   const AttentionResult r = run_attention(Cuda{}, c, attention_inputs(c));
   return join({&r.out, &r.lse, &r.dq, &r.dk, &r.dv});
 }
 Doubles ffn(DType dtype) {
-  const FfnCase c{dtype, Activation::kGelu, 70, 65, 97};
+  const FfnCase c{dtype, Activation::kGelu, 70, 66, 100};
   const FfnResult r = run_ffn(Cuda{}, c, ffn_inputs(c));
   return join({&r.out, &r.dx, &r.dw1, &r.db1, &r.dw2, &r.db2});
 }
@@ -51,6 +51,8 @@ void check_schedules(Op&& op) {
 TEST(attention_is_the_same_in_every_schedule) {
   check_schedules([] { return attention(DType::kFloat32, 80); });
   check_schedules([] { return attention(DType::kBFloat16, 42); });
+  check_schedules([] { return attention(DType::kFloat16, 200); });
+  check_schedules([] { return attention(DType::kBFloat16, 42, 120); });
   check_schedules([] { return attention(DType::kFloat64, 42); });
 }
 
@@ -87,6 +89,16 @@ TEST(attention_needs_each_barrier_and_shuffle) {  // 4 barriers; row_max, row_su
 
 TEST(ffn_needs_each_barrier) {  // product's two and that of the column sums
   check_every_site(3, [] { return ffn(DType::kFloat32); });
+}
+
+// Barriers of the block and of warps, commits and waits, shuffles, ldmatrix and mma.
+TEST(attention_on_tensor_cores_needs_each_instruction) {
+  check_every_site(24, [] { return attention(DType::kBFloat16, 42); });
+  check_every_site(30, [] { return attention(DType::kFloat16, 42, 120); });
+}
+
+TEST(ffn_on_tensor_cores_needs_each_instruction) {
+  check_every_site(12, [] { return ffn(DType::kBFloat16); });
 }
 
 }  // namespace

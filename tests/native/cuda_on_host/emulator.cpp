@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "fiber.h"
+#include "instructions.h"
 #include "memory.h"
 
 namespace cuda_on_host {
@@ -42,6 +43,7 @@ struct Thread {
   const Gate* waits_for;  // with `generation` the gate's then; null if the thread can go on
   uint64_t generation;
   std::exception_ptr error;
+  Copies copies;
 };
 
 constexpr size_t kRedZone = 512;  // on either side of shared memory
@@ -55,6 +57,7 @@ std::vector<Meeting> meetings;  // one a warp
 alignas(1024) std::byte arena[1024 + kMaxSharedBytes + kRedZone];
 std::byte* const shared_begin = arena + 1024;  // as aligned as any instruction may want it
 std::set<Site> sites;
+std::set<Kernel> kernels;
 
 std::string name_of(const void* kernel) {
   Dl_info info;
@@ -72,14 +75,12 @@ std::ostream& operator<<(std::ostream& out, const std::source_location& where) {
   return out << where.file_name() << ":" << where.line();
 }
 
+// Throws what the parts say, and who was running.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream message;
-  message << "kernel " << name_of(launched->kernel) << ", block " << current.block;
-  if (running) message << ", thread " << current.thread;
-  message << ": ";
   (message << ... << parts);
-  throw Error(message.str());
+  throw_error(message.str());
 }
 
 unsigned linear_thread() {
@@ -110,6 +111,7 @@ void thread_main() {
   try {
     launched->thread();
     check_shared_memory();
+    if (!running->copies.on_their_way.empty()) fail("it ended with copies on their way");
   } catch (...) {
     running->error = std::current_exception();
   }
@@ -128,8 +130,10 @@ void resume(unsigned index) {
   running = nullptr;
 }
 
-// The calling thread comes to a gate that opens when `expected` have come.
-void come(Gate& gate, unsigned expected, const char* name, const std::source_location& where) {
+// The calling thread comes to a gate that opens when `expected` have come; the last one of them
+// opens it, after on_opening().
+void come(Gate& gate, unsigned expected, const char* name, const std::source_location& where,
+          const std::function<void()>& on_opening = {}) {
   check_shared_memory();
   if (gate.arrived == 0) {
     gate.name = name;
@@ -139,6 +143,7 @@ void come(Gate& gate, unsigned expected, const char* name, const std::source_loc
          gate.where, ")");
   }
   if (++gate.arrived == expected) {
+    if (on_opening) on_opening();
     gate.arrived = 0;
     ++gate.generation;
     return;
@@ -208,6 +213,7 @@ void run_block(std::mt19937_64& random) {
     threads[i].done = false;
     threads[i].waits_for = nullptr;
     threads[i].error = nullptr;
+    threads[i].copies = {};
     threads[i].fiber.start(thread_main);
   }
   live = thread_count;
@@ -229,6 +235,24 @@ Options& options() {
 }
 
 std::set<Site> take_sites() { return std::exchange(sites, {}); }
+std::set<Kernel> take_kernels() { return std::exchange(kernels, {}); }
+
+void throw_error(const std::string& what) {
+  std::ostringstream message;
+  message << "kernel " << name_of(launched->kernel) << ", block " << current.block;
+  if (running) message << ", thread " << current.thread;
+  message << ": " << what;
+  throw Error(message.str());
+}
+
+void note(const std::source_location& where) { sites.insert({where.file_name(), where.line()}); }
+
+Copies& copies() { return running->copies; }
+
+bool in_shared_memory(const void* begin, size_t bytes) {
+  const auto* first = static_cast<const std::byte*>(begin);
+  return shared_begin <= first && first + bytes <= shared_begin + launched->shared_bytes;
+}
 
 bool is_planted(const std::source_location& where) {
   const std::optional<Site>& planted = options().planted;
@@ -242,6 +266,7 @@ void run(const Launch& launch) {
   current.grid_size = launch.grid;
   thread_count = launch.block.x * launch.block.y * launch.block.z;
   while (threads.size() < thread_count) threads.emplace_back();
+  kernels.insert({name_of(launch.kernel), thread_count, launch.shared_bytes});
 
   // Blocks may run in any order: last to first in every schedule but the first.
   std::mt19937_64 random(options().seed);
@@ -261,16 +286,21 @@ void run(const Launch& launch) {
 std::byte* shared_memory() { return shared_begin; }
 
 void barrier(const std::source_location& where) {
-  sites.insert({where.file_name(), where.line()});
+  note(where);
   if (is_planted(where)) return;
   come(block_gate, thread_count, "__syncthreads", where);
+}
+
+void warp_barrier(unsigned mask, const std::source_location& where) {
+  note(where);
+  if (!is_planted(where)) meet("__syncwarp", mask, nullptr, 0, where);
 }
 
 unsigned lane() { return linear_thread() % kWarpSize; }
 
 const Values& meet(const char* name, unsigned mask, const void* value, size_t size,
-                   const std::source_location& where) {
-  sites.insert({where.file_name(), where.line()});
+                   const std::source_location& where, const Combine& combine) {
+  note(where);
   const unsigned warp = linear_thread() / kWarpSize;
   if (mask != 0xFFFFFFFFu) fail(name, " (", where, ") takes the mask of a full warp only");
   if ((warp + 1) * kWarpSize > thread_count) {
@@ -279,7 +309,9 @@ const Values& meet(const char* name, unsigned mask, const void* value, size_t si
   Meeting& meeting = meetings[warp];
   Values& values = meeting.values[meeting.generation % 2];
   std::memcpy(values[lane()].data(), value, size);
-  come(meeting, kWarpSize, name, where);
+  come(meeting, kWarpSize, name, where, [&] {
+    if (combine) combine(values);
+  });
   return values;
 }
 

@@ -21,18 +21,28 @@
 namespace cuda_on_host {
 
 constexpr unsigned kWarpSize = 32;
-constexpr size_t kMaxSharedBytes = 48 * 1024;  // what a block gets without asking for more
+constexpr size_t kSharedBytes = 48 * 1024;  // what a block gets without asking for more
+constexpr size_t kMaxSharedBytes =
+    99 * 1024;  // and by asking, on sm_86 and sm_89: the least of all
 
 // A kernel's mistake: divergence, deadlock, a write out of bounds. Names kernel, block and thread.
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// A line of kernel code at which threads wait for each other.
+// A line of kernel code that matters to more than one thread.
 struct Site {
   std::string file;
   unsigned line;
   auto operator<=>(const Site&) const = default;
+};
+
+// A kernel that was launched, and how.
+struct Kernel {
+  std::string name;
+  unsigned threads;
+  size_t shared_bytes;
+  auto operator<=>(const Kernel&) const = default;
 };
 
 enum class Schedule {
@@ -45,12 +55,17 @@ enum class Schedule {
 struct Options {
   Schedule schedule = Schedule::kWarpByWarp;
   uint64_t seed = 0;
-  std::optional<Site> planted;  // a planted bug: the barrier or shuffle written there does nothing
+  // A planted bug: the barrier, shuffle, commit, wait or mma written there does nothing, and an
+  // ldmatrix transposes where it should not, or the other way round.
+  std::optional<Site> planted;
 };
 Options& options();
 
-// Every barrier and shuffle met since the last call.
+// Every place where such a bug could have been planted, met since the last call.
 std::set<Site> take_sites();
+
+// Every kernel launched since the last call.
+std::set<Kernel> take_kernels();
 
 struct Index {
   unsigned x, y, z;
@@ -70,18 +85,21 @@ struct Indices {
 extern Indices current;
 std::byte* shared_memory();
 void barrier(const std::source_location& where);
+void warp_barrier(unsigned mask, const std::source_location& where);
 
 // A meeting of the 32 lanes of a warp: each brings a value, and nobody goes on before all are
-// there. Returns what lane i brought at [i], valid until this lane's next meeting.
+// there. The last one to come makes `combine` of the values; then each finds at [i] what lane i
+// brought, or what was made of it, valid until this lane's next meeting.
 constexpr size_t kMaxValueBytes = 64;
 using Values = std::array<std::array<std::byte, kMaxValueBytes>, kWarpSize>;
+using Combine = std::function<void(Values&)>;
 const Values& meet(const char* name, unsigned mask, const void* value, size_t size,
-                   const std::source_location& where);
+                   const std::source_location& where, const Combine& combine = {});
 unsigned lane();
 bool is_planted(const std::source_location& where);
 
 // The shuffles: the lane that `source` chooses, given this lane's number, is the one whose value is
-// taken. Instructions of a whole warp (ldmatrix, mma.sync) are functions of the 32 values likewise.
+// taken.
 template <class T, class Source>
 T shuffle(const char* name, unsigned mask, T value, Source source,
           const std::source_location& where) {
@@ -91,5 +109,16 @@ T shuffle(const char* name, unsigned mask, T value, Source source,
   std::memcpy(&value, values[source(lane())].data(), sizeof(T));
   return value;
 }
+
+// What include/cuda/mma.cuh, which says what they do, is made of. A copy is made as late as can be,
+// in the wait for it, and its target is NaN from its beginning till then.
+void copy_async(void* shared, const void* global, size_t size, size_t bytes,
+                const std::source_location& where);
+void commit_copies(const std::source_location& where);
+void wait_copies(size_t pending, const std::source_location& where);
+void load_matrices(bool transposed, uint32_t (&matrices)[4], const void* row,
+                   const std::source_location& where);
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                  float (*decode)(uint16_t), const std::source_location& where);
 
 }  // namespace cuda_on_host

@@ -43,6 +43,14 @@ std::optional<size_t> overrun_allocation() {
   return std::nullopt;
 }
 
+bool in_allocation(const void* begin, size_t bytes) {
+  const auto* first = static_cast<const std::byte*>(begin);
+  auto after = allocations().upper_bound(const_cast<void*>(begin));
+  if (after == allocations().begin()) return false;
+  const auto& [pointer, size] = *--after;
+  return first + bytes <= static_cast<const std::byte*>(pointer) + size;
+}
+
 }  // namespace cuda_on_host
 
 using cuda_on_host::allocations, cuda_on_host::kZone;

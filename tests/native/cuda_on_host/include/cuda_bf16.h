@@ -15,3 +15,8 @@ struct __nv_bfloat16 {
   }
   operator float() const { return std::bit_cast<float>(uint32_t{bits} << 16); }
 };
+
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }

@@ -36,3 +36,8 @@ struct __half {
     return bits & 0x8000 ? -magnitude : magnitude;
   }
 };
+
+struct __half2 {
+  __half x, y;
+};
+inline __half2 __floats2half2_rn(float x, float y) { return {x, y}; }

@@ -21,6 +21,10 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+struct alignas(8) float2 {
+  float x, y;
+};
+
 inline cuda_on_host::Index& threadIdx = cuda_on_host::current.thread;
 inline cuda_on_host::Index& blockIdx = cuda_on_host::current.block;
 inline cuda_on_host::Index& blockDim = cuda_on_host::current.block_size;
@@ -31,7 +35,7 @@ inline void __syncthreads(std::source_location where = std::source_location::cur
 }
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu,
                        std::source_location where = std::source_location::current()) {
-  cuda_on_host::meet("__syncwarp", mask, nullptr, 0, where);
+  cuda_on_host::warp_barrier(mask, where);
 }
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source,
@@ -84,9 +88,17 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+
 namespace cuda_on_host {
+cudaError_t set_shared_limit(const void* kernel, int bytes);
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
                    std::function<void()> thread);
+}  // namespace cuda_on_host
+
+template <class... Params>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute, int value) {
+  return cuda_on_host::set_shared_limit(reinterpret_cast<const void*>(kernel), value);
 }
 
 // Arguments are copied once, and every thread gets copies of those, as on a device.

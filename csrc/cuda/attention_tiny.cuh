@@ -1,0 +1,179 @@
+// The gradients of short sequences on tensor cores: T <= 128, D <= 64, a block a head, one kernel.
+//
+// All of a head is in shared memory. A warp takes 16 queries and makes S and dP of all their keys
+// in registers: so it has whole rows of P and dP, and delta = rowsum(P dP) without `out`. It sums
+// dQ, and hands P, then dS, to the others by shared memory: where a warp takes 16 keys, and sums
+// dV, then dK. Each warp does the same work: who has few keys as queries has many queries as keys.
+#pragma once
+
+#include "cuda/attention_tiles.cuh"
+
+namespace gpt_ext::cuda {
+
+constexpr int kTinyTime = 128, kTinyDim = 64, kTinyWarps = kTinyTime / kWarpRows;
+constexpr int kTinyThreads = kTinyWarps * kWarpSize;
+
+template <class T, int kDim>
+struct TinyTiles {
+  WarpTile<T, kTinyTime, kDim> q, k, dout;
+  union {
+    WarpTile<T, kTinyTime, kDim> v;
+    WarpTile<T, kTinyTime, kTinyTime> p;  // P, then dS; 16 x 16 blocks up to the diagonal
+  };
+};
+
+// tile's own rows of the warp = result, as far as the diagonal block.
+template <class T>
+__device__ void share_rows(WarpTile<T, kTinyTime, kTinyTime>& tile,
+                           const Left (&result)[kTinyWarps]) {
+  __syncwarp();  // the rows were this warp's slab
+#pragma unroll
+  for (int block = 0; block < kTinyWarps; ++block) {
+    if (block > warp()) break;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      T* to =
+          &tile.at[warp() * 16 + lane() / 4 + i % 2 * 8][block * 16 + lane() % 4 * 2 + i / 2 * 8];
+      *reinterpret_cast<uint32_t*>(to) = result[block].at[i];
+    }
+  }
+}
+
+// c = P^T dO or dS^T Q, for the warp's keys, over the queries from the diagonal on.
+template <class T, int kTiles, int kDim>
+__device__ void sum_over_queries(float (&c)[kTiles][4],
+                                 const WarpTile<T, kTinyTime, kTinyTime>& left,
+                                 const WarpTile<T, kTinyTime, kDim>& right, int64_t time) {
+  for (int query0 = warp() * 16; query0 < time; query0 += 16) {
+    const Left a = load_left<true>(left, warp() * 16, query0);
+#pragma unroll
+    for (int n = 0; n < kTiles; n += 2) {
+      const Rights b = load_rights<false>(right, query0, n * 8);
+      multiply_add<T>(c[n], a.at, b.at[0]);
+      multiply_add<T>(c[n + 1], a.at, b.at[1]);
+    }
+  }
+}
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(kTinyThreads, 1)
+    attention_tiny_gradient_mma_kernel(const AttentionBackward p) {
+  auto& shared = shared_memory<TinyTiles<T, kDim>>();
+  const AttentionProblem& problem = p.problem;
+  const int64_t head = blockIdx.x, query0 = warp() * kWarpRows;
+  const Dropout<float> dropout(problem);
+  const float scale = static_cast<float>(problem.scale) * kLog2E;
+  const float kept_scale = dropout.on ? dropout.scale : 1;
+
+  copy_tile<kTinyThreads>(shared.q, head_matrix<T>(p.q, problem, head), 0, 0);
+  copy_tile<kTinyThreads>(shared.k, head_matrix<T>(p.k, problem, head), 0, 0);
+  copy_tile<kTinyThreads>(shared.v, head_matrix<T>(p.v, problem, head), 0, 0);
+  copy_tile<kTinyThreads>(shared.dout, head_matrix<T>(p.dout, problem, head), 0, 0);
+  commit_copies();
+  wait_copies<0>();
+  __syncthreads();  // all tiles are whole
+
+  float s[2 * kTinyWarps][4] = {}, dp[2 * kTinyWarps][4] = {};  // S and dP, then P and M dP
+#pragma unroll
+  for (int block = 0; block < kTinyWarps; ++block) {
+    if (block > warp()) break;
+#pragma unroll
+    for (int k = 0; k < kDim; k += 16) {
+      const Left q = load_left<false>(shared.q, query0, k);
+      const Left dout = load_left<false>(shared.dout, query0, k);
+      const Rights keys = load_rights<true>(shared.k, k, block * 16);
+      const Rights values = load_rights<true>(shared.v, k, block * 16);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        multiply_add<T>(s[2 * block + n], q.at, keys.at[n]);
+        multiply_add<T>(dp[2 * block + n], dout.at, values.at[n]);
+      }
+    }
+  }
+  float lse[2], delta[2] = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t query = query0 + element_row(2 * half);
+    lse[half] = query < problem.time
+                    ? static_cast<const float*>(p.lse)[head * problem.time + query] * kLog2E
+                    : 0;
+  }
+  uint32_t kept[2] = {0xFFFFFFFFu, 0xFFFFFFFFu};  // of the first 64 keys, and the others
+  if (dropout.on) {
+    kept[0] = kept_by_query<8>(dropout.mask, head, query0, 0);
+    if (query0 >= 64) kept[1] = kept_by_query<8>(dropout.mask, head, query0, 64);
+  }
+#pragma unroll
+  for (int n = 0; n < 2 * kTinyWarps; ++n) {
+    if (n / 2 > warp()) break;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool seen = n * 8 + element_column(i) <= query0 + element_row(i);
+      const bool is_kept = kept[n / 8] >> (4 * (n % 8) + i) & 1;
+      s[n][i] = seen ? approximate_exp2(scale * s[n][i] - lse[i / 2]) : 0;
+      dp[n][i] = is_kept ? kept_scale * dp[n][i] : 0;
+      delta[i / 2] += s[n][i] * dp[n][i];
+    }
+  }
+#pragma unroll
+  for (float& sum : delta) {
+    for (int step = 1; step < 4; step *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
+  }
+  Left dropped[kTinyWarps], ds[kTinyWarps];  // M P / kept_scale and dS
+#pragma unroll
+  for (int block = 0; block < kTinyWarps; ++block) {
+    if (block > warp()) break;
+#pragma unroll
+    for (int n = 2 * block; n < 2 * block + 2; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool is_kept = kept[n / 8] >> (4 * (n % 8) + i) & 1;
+        dp[n][i] = s[n][i] * (dp[n][i] - delta[i / 2]);
+        s[n][i] = is_kept ? s[n][i] : 0;
+      }
+    }
+    dropped[block] = to_left<T>(s[2 * block], s[2 * block + 1]);
+    ds[block] = to_left<T>(dp[2 * block], dp[2 * block + 1]);
+  }
+
+  const float score_scale = static_cast<float>(problem.scale);
+  float sums[kDim / 8][4] = {};
+#pragma unroll
+  for (int block = 0; block < kTinyWarps; ++block) {
+    if (block > warp()) break;
+#pragma unroll
+    for (int n = 0; n < kDim / 8; n += 2) {
+      const Rights keys = load_rights<false>(shared.k, block * 16, n * 8);
+      multiply_add<T>(sums[n], ds[block].at, keys.at[0]);
+      multiply_add<T>(sums[n + 1], ds[block].at, keys.at[1]);
+    }
+  }
+  __syncthreads();  // v, and so p, is free
+  Slab& slab = slab_over_own_rows(shared.p);
+  store_head<T>(p.dq, problem, head, query0, 0, slab, sums, {score_scale, score_scale});
+
+  const auto of_keys = [&](const Left(&rows)[kTinyWarps], const auto& right, const Heads& to,
+                           float factor) {
+    share_rows(shared.p, rows);
+    __syncthreads();  // p is whole
+    float c[kDim / 8][4] = {};
+    sum_over_queries<T>(c, shared.p, right, problem.time);
+    __syncthreads();  // p is free
+    store_head<T>(to, problem, head, query0, 0, slab, c, {factor, factor});
+  };
+  of_keys(dropped, shared.dout, p.dv, kept_scale);
+  of_keys(ds, shared.q, p.dk, score_scale);
+}
+
+template <class T>
+void launch_tiny_gradient(Cuda backend, const AttentionBackward& p) {
+  const auto launch_padded = [&](auto dim) {
+    launch(backend, "attention_backward", attention_tiny_gradient_mma_kernel<T, dim()>,
+           all_heads(p.problem) * (p.problem.time > 0), kTinyThreads, sizeof(TinyTiles<T, dim()>),
+           p);
+  };
+  if (p.problem.dim <= 48) return launch_padded(std::integral_constant<int, 48>{});
+  launch_padded(std::integral_constant<int, kTinyDim>{});
+}
+
+}  // namespace gpt_ext::cuda

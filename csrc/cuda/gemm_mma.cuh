@@ -1,0 +1,150 @@
+// C = op(A) op(B) of 16-bit elements on tensor cores, C handed to an epilogue element by element.
+//
+// A block computes a tile of C in steps of 32 terms of the sums, whose operands are copied into a
+// ring of stages while the steps before are multiplied. Edges are filled with zeros in shared
+// memory: sides of 252 and 1008 need no padding elsewhere.
+#pragma once
+
+#include "cuda/gemm.cuh"
+#include "cuda/warp_tile.cuh"
+
+namespace gpt_ext::cuda {
+
+// The weights' gradients (kTN) are small matrices of long sums: smaller tiles, so that there are
+// more blocks.
+template <Layout kLayout>
+struct GemmShape {
+  static constexpr bool kSmall = kLayout == Layout::kTN;
+  static constexpr int kRows = kSmall ? 64 : 128, kColumns = kRows;  // of a block
+  static constexpr int kWarpTileRows = kSmall ? 32 : 64, kWarpTileColumns = 32;
+  static constexpr int kWarpsAcross = kColumns / kWarpTileColumns;
+  static constexpr int kThreads = kRows / kWarpTileRows * kWarpsAcross * kWarpSize;
+  // Terms of a step: rows of operands that lie along k are 64 bytes then, two sectors.
+  static constexpr int kDepth = 32;
+  // Of a block 61 KB: two fit in a multiprocessor of sm_80, and one in one of sm_86.
+  static constexpr int kStages = 3;
+  static constexpr int kBlocks = kSmall ? 4 : 2;  // that registers must have room for
+};
+
+template <class T, Layout kLayout>
+struct GemmTiles {
+  using Shape = GemmShape<kLayout>;
+  static constexpr bool kTransposeA = kLayout == Layout::kTN, kTransposeB = kLayout == Layout::kNT;
+  struct Stage {
+    WarpTile<T, kTransposeA ? Shape::kDepth : Shape::kRows,
+             kTransposeA ? Shape::kRows : Shape::kDepth>
+        a;
+    WarpTile<T, kTransposeB ? Shape::kColumns : Shape::kDepth,
+             kTransposeB ? Shape::kDepth : Shape::kColumns>
+        b;
+  };
+  union {
+    Stage stages[Shape::kStages];
+    Slab slabs[Shape::kThreads / kWarpSize];  // when the sums are complete
+  };
+};
+
+template <class Shape>
+__host__ __device__ int64_t column_tiles(int64_t columns, bool with_sums) {
+  const int64_t tiles = (columns + Shape::kColumns - 1) / Shape::kColumns;
+  return tiles == 0 && with_sums ? 1 : tiles;
+}
+
+// epilogue(row, column, value) stores what it makes of value. row_sums, if not null, gets the sums
+// of op(A)'s rows, which are op(A) times a column of ones: one more product of what is there.
+template <class T, Layout kLayout, class Epilogue>
+__global__ void __launch_bounds__(GemmShape<kLayout>::kThreads, GemmShape<kLayout>::kBlocks)
+    gemm_mma_kernel(const Matrix<T> a, const Matrix<T> b, int64_t rows, int64_t columns,
+                    int64_t depth, const Epilogue epilogue, T* row_sums) {
+  using Shape = GemmShape<kLayout>;
+  using Tiles = GemmTiles<T, kLayout>;
+  constexpr int kM = Shape::kWarpTileRows / 16, kN = Shape::kWarpTileColumns / 8;
+  constexpr int kStages = Shape::kStages, kDepth = Shape::kDepth;
+  auto& shared = shared_memory<Tiles>();
+  const int64_t across = column_tiles<Shape>(columns, row_sums != nullptr);
+  const int64_t row0 = blockIdx.x / across * Shape::kRows;
+  const int64_t column0 = blockIdx.x % across * Shape::kColumns;
+  const int warp_row0 = warp() / Shape::kWarpsAcross * Shape::kWarpTileRows;
+  const int warp_column0 = warp() % Shape::kWarpsAcross * Shape::kWarpTileColumns;
+  const bool with_sums =
+      kLayout == Layout::kTN && row_sums != nullptr && column0 + warp_column0 == 0;
+
+  const auto copy_stage = [&](int64_t k) {
+    auto& stage = shared.stages[k / kDepth % kStages];
+    copy_tile<Shape::kThreads>(stage.a, a, Tiles::kTransposeA ? k : row0,
+                               Tiles::kTransposeA ? row0 : k);
+    copy_tile<Shape::kThreads>(stage.b, b, Tiles::kTransposeB ? column0 : k,
+                               Tiles::kTransposeB ? k : column0);
+  };
+  const uint32_t one = pack(1, 1, std::type_identity<T>{}), ones[2] = {one, one};
+  float c[kM][kN][4] = {}, sums[kM][4] = {};
+#pragma unroll
+  for (int ahead = 0; ahead < kStages - 1; ++ahead) {
+    if (ahead * kDepth < depth) copy_stage(ahead * kDepth);
+    commit_copies();
+  }
+  for (int64_t k = 0; k < depth; k += kDepth) {
+    wait_copies<kStages - 2>();
+    __syncthreads();  // this step's stage is whole, and that of the step before free
+    if (k + (kStages - 1) * kDepth < depth) copy_stage(k + (kStages - 1) * kDepth);
+    commit_copies();
+    const auto& stage = shared.stages[k / kDepth % kStages];
+#pragma unroll
+    for (int term = 0; term < kDepth; term += 16) {
+      Left left[kM];
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        left[m] = load_left<Tiles::kTransposeA>(stage.a, warp_row0 + 16 * m, term);
+      }
+#pragma unroll
+      for (int n = 0; n < kN; n += 2) {
+        const Rights right = load_rights<Tiles::kTransposeB>(stage.b, term, warp_column0 + 8 * n);
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          multiply_add<T>(c[m][n], left[m].at, right.at[0]);
+          multiply_add<T>(c[m][n + 1], left[m].at, right.at[1]);
+        }
+      }
+      if (with_sums) {
+#pragma unroll
+        for (int m = 0; m < kM; ++m) multiply_add<T>(sums[m], left[m].at, ones);
+      }
+    }
+  }
+  __syncthreads();  // the stages are free, for the slabs; no copy is on its way any more
+
+  Slab& slab = shared.slabs[warp()];
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+    const int64_t block_row0 = row0 + warp_row0 + 16 * m;
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
+      for_each_element(slab, c[m][n], c[m][n + 1], [&](int r, int c, float value) {
+        const int64_t row = block_row0 + r, column = column0 + warp_column0 + 8 * n + c;
+        if (row < rows && column < columns) epilogue(row, column, value);
+      });
+    }
+    if constexpr (kLayout == Layout::kTN) {
+      if (!with_sums || lane() % 4 != 0) continue;
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {  // every column holds the sum
+        const int64_t row = block_row0 + element_row(i);
+        if (row < rows) row_sums[row] = static_cast<T>(sums[m][i]);
+      }
+    }
+  }
+}
+
+// The gemm of gemm.cuh for these elements. With row_sums, `columns` may be 0: then they are all.
+template <Layout kLayout, class T, class Epilogue>
+  requires(sizeof(T) == 2)
+void gemm(Cuda backend, const char* name, const Matrix<T>& a, const Matrix<T>& b, int64_t rows,
+          int64_t columns, int64_t depth, const Epilogue& epilogue, T* row_sums = nullptr) {
+  using Shape = GemmShape<kLayout>;
+  const int64_t tiles =
+      (rows + Shape::kRows - 1) / Shape::kRows * column_tiles<Shape>(columns, row_sums != nullptr);
+  launch(backend, name, gemm_mma_kernel<T, kLayout, Epilogue>, tiles, Shape::kThreads,
+         sizeof(GemmTiles<T, kLayout>), a, b, rows, columns, depth, epilogue, row_sums);
+}
+
+}  // namespace gpt_ext::cuda

@@ -1,0 +1,90 @@
+// Tensor cores and copies in the background: the instructions that have no C++ spelling, and the
+// only inline PTX here. The tests, which run kernels on the host, have a twin of this.
+//
+// Each call is made by all 32 lanes of a warp together, the copies aside. Of lane i below, g = i /
+// 4 and t = i % 4; a register holds two neighbouring elements, the first one in its lower half.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace gpt_ext::cuda {
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Begins to copy kBytes from global to shared memory, both aligned to as many: `bytes` of them, for
+// which alone global memory is read, and zeros.
+template <int kBytes>
+__device__ void copy_async(void* shared, const void* global, int bytes) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  if constexpr (kBytes == 16) {  // these go past L1
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)),
+                 "l"(global), "n"(kBytes), "r"(bytes)
+                 : "memory");
+  }
+}
+
+// What a thread has begun to copy since its last commit becomes a group; it then waits until at
+// most its kPending youngest groups are on their way. It sees its own copies then, others see them
+// after a barrier.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit elements from shared memory. Lane i gives the address, a multiple
+// of 16 bytes, of row i % 8 of matrix i / 8. Of each matrix it gets the elements (g, 2t) and
+// (g, 2t + 1); transposed, (2t, g) and (2t + 1, g).
+template <bool kTransposed>
+__device__ void load_matrices(uint32_t (&matrices)[4], const void* row) {
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  }
+}
+
+// c += a b, of elements T and with float32 sums; a is 16 x 16, b 16 x 8, c 16 x 8:
+//   a[i]  row g + 8 (i % 2), columns 2t + 8 (i / 2) and the next
+//   b[i]  rows 2t + 8 i and the next, column g
+//   c[i]  row g + 8 (i / 2), column 2t + i % 2
+template <class T>
+__device__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+}
+
+// 2^x to about 2 units in the last place, 0 for what is below the normal numbers; one instruction.
+__device__ inline float approximate_exp2(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+}  // namespace gpt_ext::cuda

@@ -1,0 +1,2 @@
+// The same test for nvcc.
+#include "test_mma_cuda.cpp"
