@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,45 @@ class Progress:
     def say(self, line: str) -> None:
         """Prints a line, above the bar where there is one."""
         self.console.print(line)
+
+
+class ByteProgress:
+    """Shows how many of `total` bytes are done; without a terminal, a line every ten seconds."""
+
+    def __init__(self, what: str, done: int, total: int) -> None:
+        from rich import progress
+
+        self.what, self.first, self.done, self.total = what, done, done, total
+        self.since = self.told = time.monotonic()
+        self.bar = progress.Progress(
+            progress.TextColumn(what),
+            progress.BarColumn(),
+            progress.DownloadColumn(),
+            progress.TransferSpeedColumn(),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("left"),
+            disable=not sys.stdout.isatty(),
+        )
+        self.task = self.bar.add_task(what, completed=done, total=total)
+
+    def __enter__(self) -> ByteProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def at(self, done: int) -> None:
+        """Tells that so many bytes are done."""
+        self.done, now = done, time.monotonic()
+        self.bar.update(self.task, completed=done)
+        if self.bar.disable and now - self.told >= 10:
+            self.told, speed = now, (done - self.first) / (now - self.since)
+            print(
+                f"{self.what} {done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB  "
+                f"{speed / 1e6:,.0f} MB/s  {(self.total - done) / speed:.0f} s left",
+                flush=True,
+            )
 
 
 def draw_curve(metrics: Iterable[Mapping[str, Any]], path: Path) -> None:
