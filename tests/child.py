@@ -15,8 +15,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from gpt_ext.cli import COMMANDS
+
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["gpt_ext.cli"])
+SERVER.set_forkserver_preload(["gpt_ext.cli", *(f"gpt_ext.commands.{name}" for name in COMMANDS)])
 
 
 def run(arguments: Sequence[str], timeout: float = 120) -> subprocess.CompletedProcess[str]:

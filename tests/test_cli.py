@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,48 @@ def test_train_says_what_it_needs(
         gpt_ext("train", "--resume", run, "--steps", "80"), "takes its options from the run"
     )
     assert_one_error(gpt_ext("train", "--resume", tmp_path), "is no run")
+
+
+def test_a_config_file_gives_options_and_the_command_line_goes_before_it(
+    text: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text(f"""
+        data = "{text}"
+        steps = 9
+        context_length = 8
+        model_dim = 16
+        num_heads = 2
+        activation = "gelu"
+        learning_rate = 2e-3
+        qkv_bias = true
+    """)
+    run = tmp_path / "run"
+    result = gpt_ext("train", "--steps=3", "--config", config, "--out", run, "--num-blocks", "1")
+    assert result.returncode == 0, result.stderr
+    saved = json.loads((run / "config.json").read_text())
+    assert saved["model"] == {
+        "context_length": 8, "model_dim": 16, "num_blocks": 1, "num_heads": 2,
+        "dropout": 0.0, "activation": "gelu", "qkv_bias": True,
+    }  # fmt: skip
+    assert saved["train"] == asdict(TrainOptions(steps=3, learning_rate=2e-3))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read .*run.toml: No such file or directory"),
+        ("steps 9", "run.toml is not TOML: .*line 1"),
+        ("step = 9", "run.toml has an option that train does not know: step"),
+        ("steps = 'many'", 'steps": Expected a .*int.*many'),
+        ("steps = [9]", 'steps": Expected a .*int'),
+    ],
+)
+def test_config_files_that_cannot_be(tmp_path: Path, content: str | None, message: str) -> None:
+    config = tmp_path / "run.toml"
+    if content is not None:
+        config.write_text(content)
+    assert_one_error(gpt_ext("train", "--config", config, "--out", tmp_path / "run"), message)
 
 
 def interrupted(*arguments: str | Path) -> tuple[int, list[str]]:
