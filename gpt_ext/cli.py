@@ -12,7 +12,8 @@ from gpt_ext.errors import UserError
 
 # Each is a module of gpt_ext.commands, which is loaded for its own command only.
 COMMANDS = {
-    "train": "text file -> run",
+    "prepare": "text files -> data set",
+    "train": "text file or data set -> run",
     "generate": "run -> text",
     "demo": "about a minute, from nothing to text",
     "doctor": "what this installation can do",

@@ -57,8 +57,8 @@ class PrepareOptions:
         "tokenizer.json, or of a folder that holds one",
     )
     vocab_size: int = option(8192, "tokens of a bpe vocabulary")
-    replacement: str | None = option(
-        None, "a character written in place of those without a token, else they are an error"
+    replacement: str = option(
+        "", "a character written in place of those without a token, else they are an error"
     )
     validation: float = option(0.1, "share of the tokens, the last ones, kept for validation")
     form: Literal["auto", "text", "jsonl"] = option(
@@ -69,7 +69,7 @@ class PrepareOptions:
     def __post_init__(self) -> None:
         if not 0 < self.validation < 1:
             raise UserError(f"validation must be between 0 and 1, got {self.validation}")
-        if self.replacement is not None and len(self.replacement) != 1:
+        if len(self.replacement) > 1:
             raise UserError(f"replacement must be one character, got {self.replacement!r}")
 
 
@@ -156,7 +156,7 @@ class Preparation:
                 for piece in pieces(source, seen=digest.update):
                     new = set(piece.text) - characters
                     bad = without_token(source, new, self.tokenizer)
-                    if bad and self.options.replacement is None:
+                    if bad and not self.options.replacement:
                         raise UserError(
                             f"{place_of(bad, piece, source)}; "
                             "--replacement C writes C in the place of such"
@@ -175,7 +175,7 @@ class Preparation:
         """The tokenizer of the characters, or the byte pairs, in the inputs."""
         replacement = self.options.replacement
         if self.options.tokenizer == "characters":
-            characters = (set(self.done.characters) - NOT_TEXT) | set(replacement or "")
+            characters = (set(self.done.characters) - NOT_TEXT) | set(replacement)
             return CharTokenizer("".join(sorted(characters)))
         every = -(-sum(self.sizes) // BPE_SAMPLE)
         read = (piece.text for source in self.sources for piece in pieces(source))
