@@ -191,7 +191,7 @@ def batches(found: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 def encoded(batch: Sequence[Piece], coder: Tokenizer, table: dict[int, str]) -> Tensor:
     """The ids (n,) int64 of pieces translated by `table`, and the end of each document, if any."""
-    texts = [piece.text.translate(table) for piece in batch]
+    texts = [piece.text.translate(table) if table else piece.text for piece in batch]
     parts = []
     for piece, ids in zip(batch, coder.encode_batch(texts), strict=True):
         parts.append(ids)
