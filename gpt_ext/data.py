@@ -88,26 +88,3 @@ def read_text(path: Path) -> str:
         raise UserError(
             f"{path} is not UTF-8 text: byte 0x{raw[error.start]:02x} at offset {error.start}"
         ) from None
-
-
-def split(tokens: Tensor, context_length: int) -> tuple[Tensor, Tensor]:
-    """The first 90% of `tokens` (N,) for training and the rest for validation.
-
-    UserError where either is too short for one sequence of `context_length` and its targets.
-    """
-    cut = len(tokens) * 9 // 10
-    if len(tokens) - cut <= context_length:
-        raise UserError(
-            f"the data is too short: {len(tokens)} characters, but a context of {context_length} "
-            f"needs at least {10 * context_length + 1}"
-        )
-    return tokens[:cut], tokens[cut:]
-
-
-def random_batch(
-    tokens: Tensor, batch_size: int, context_length: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Sequences x (B, T) int64 from random places of `tokens` (N,), and y, the token after each."""
-    starts = torch.randint(len(tokens) - context_length, (batch_size, 1), generator=generator)
-    x = starts + torch.arange(context_length)
-    return tokens[x].long(), tokens[x + 1].long()

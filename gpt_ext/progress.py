@@ -1,16 +1,9 @@
-"""What a training run shows: a bar on a terminal, lines elsewhere, and the curve of its losses."""
+"""What a training run shows: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
-import io
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
-
-from gpt_ext.checkpoint import write_whole
-from gpt_ext.errors import UserError
 
 
 class Progress:
@@ -96,23 +89,3 @@ class ByteProgress:
                 f"{speed / 1e6:,.0f} MB/s  {(self.total - done) / speed:.0f} s left",
                 flush=True,
             )
-
-
-def draw_curve(metrics: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Training and validation loss by step, as a PNG; UserError where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("no loss curve without matplotlib: pip install 'gpt-ext[plot]'") from None
-
-    metrics = list(metrics)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a character)")
-    for key, label, style in (("loss", "training", "-"), ("validation_loss", "validation", "o-")):
-        points = [(record["step"], record[key]) for record in metrics if key in record]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=3)
-    axes.legend()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    write_whole(path, image.getvalue())

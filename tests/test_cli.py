@@ -74,19 +74,19 @@ def test_train_tells_its_progress_and_leaves_a_run(
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     lines = result.stdout.splitlines()
-    assert re.fullmatch(r"[\d,]+ parameters, \d+ distinct characters", lines[0])
+    assert re.fullmatch(r"[\d,]+ parameters, \d+ distinct tokens", lines[0])
     assert re.fullmatch(r"step 10/40  loss \d\.\d+  [\d,]+ tokens/s  \d+ s left", lines[1])
     assert re.fullmatch(r"step 20/40  validation loss \d\.\d+", lines[3])
     assert lines[-1] == f"done; to write with it: gpt-ext generate {run}"
     names = {path.name for path in run.iterdir()}
-    files = {"config.json", "best.safetensors", "last.safetensors", "resume.pt", "metrics.jsonl"}
-    assert names - {"loss.png"} == files
+    files = {"config.json", "tokenizer.json", "metrics.jsonl", "checkpoints"}
+    assert names - {"curves.png"} == files | {"best.safetensors", "last.safetensors"}
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         assert "pip install 'gpt-ext[plot]'" in result.stdout
     else:
-        assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+        assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((run / "config.json").read_text())
     assert config["model"] == {
         "context_length": 16, "model_dim": 16, "num_blocks": 1, "num_heads": 2,
@@ -169,7 +169,7 @@ def test_generate_from_what_is_no_run_or_a_damaged_one(
     assert_one_error(gpt_ext("generate", tmp_path / "none"), "is no run: there is no .*config.json")
     damaged = tmp_path / "damaged"
     damaged.mkdir()
-    for name in ("config.json", "best.safetensors"):
+    for name in ("config.json", "tokenizer.json", "best.safetensors"):
         (damaged / name).write_bytes((trained[0] / name).read_bytes())
     os.truncate(damaged / "best.safetensors", 5000)
     assert_one_error(gpt_ext("generate", damaged), "best.safetensors is damaged")
@@ -187,7 +187,7 @@ def test_generate_from_what_is_no_run_or_a_damaged_one(
         (b"", [], "data is empty"),
         (b"\x89PNG\r\n\x1a\n\0\0", [], "data is binary, not text: zero byte at offset 8"),
         (b"caf\xe9", [], "data is not UTF-8 text: byte 0xe9 at offset 3"),
-        (b"too short", [], "the data is too short: 9 characters, .* needs at least 161"),
+        (b"too short", [], "the data is too short: 8 tokens for training, .* needs at least 17"),
         (b"long enough " * 99, ["--num-heads", "3"], "num_heads must divide model_dim"),
         (b"long enough " * 99, ["--steps", "0"], "steps must be above 0, got 0"),
         (b"long enough " * 99, ["--activation", "tanh"], "activation.*Expected.*tanh"),
@@ -207,8 +207,8 @@ def test_train_says_what_it_needs(
     text: Path, trained: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     run, _ = trained
-    assert_one_error(gpt_ext("train"), "needs --data FILE and --out RUN, or --resume RUN")
-    assert_one_error(gpt_ext("train", "--data", tmp_path, "--out", tmp_path), "is a folder")
+    assert_one_error(gpt_ext("train"), "needs --data PATH and --out RUN, or --resume RUN")
+    assert_one_error(gpt_ext("train", "--data", tmp_path, "--out", tmp_path), "is a folder without")
     assert_one_error(
         gpt_ext("train", "--data", text, "--out", run, *SMALL),
         f"{run} exists already; to go on with it: gpt-ext train --resume {run}",
@@ -307,7 +307,8 @@ def test_a_full_disk_is_one_error_and_leaves_nothing_half_written(
     )  # fmt: skip
     assert result.returncode == 2
     assert result.stderr == f"gpt-ext: error: cannot write {run}/best.safetensors: File too large\n"
-    assert sorted(path.name for path in run.iterdir()) == ["config.json", "metrics.jsonl"]
+    names = sorted(path.name for path in run.iterdir())
+    assert names == ["config.json", "metrics.jsonl", "tokenizer.json"]
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
 
 

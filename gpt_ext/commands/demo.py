@@ -24,6 +24,6 @@ def run(options: Any) -> int:
         trainer = train.start(text, Path(folder) / "run", demo.MODEL, demo.TRAIN)
         trainer.train()
     print("what the model writes:\n")
-    write(trainer.model, trainer.tokenizer, "The ", 600, seed=0, temperature=0.8)
+    write(trainer.model, trainer.data.tokenizer, "The ", 600, seed=0, temperature=0.8)
     print("\non your own text: gpt-ext train --data FILE --out RUN; gpt-ext generate RUN")
     return 0

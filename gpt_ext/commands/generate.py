@@ -12,7 +12,7 @@ from gpt_ext.commands import Parser
 from gpt_ext.errors import UserError
 from gpt_ext.generation import Overflow, WeightFormat
 from gpt_ext.model import GPT
-from gpt_ext.tokenizer import CharTokenizer
+from gpt_ext.tokenizer import Tokenizer
 
 
 def parser() -> Parser:
@@ -56,7 +56,7 @@ def run(options: Any) -> int:
 
 
 def write(
-    model: GPT, tokenizer: CharTokenizer, prompt: str, length: int, seed: int | None, **options: Any
+    model: GPT, tokenizer: Tokenizer, prompt: str, length: int, seed: int | None, **options: Any
 ) -> None:
     """Prints a prompt and what the model adds to it, each character as it comes.
 
@@ -73,7 +73,8 @@ def write(
         )
     except ValueError as error:
         raise UserError(f"can't go on from {prompt!r}: {error}") from None
+    text_of = tokenizer.stream()
     print(prompt, end="", flush=True)
     for token in tokens:
-        print(tokenizer.decode(token), end="", flush=True)
+        print(text_of(int(token)), end="", flush=True)
     print()

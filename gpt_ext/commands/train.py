@@ -1,4 +1,4 @@
-"""`gpt-ext train`: from a text file to a run, or on with a run."""
+"""`gpt-ext train`: from text or prepared data to a run, or on with a run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -16,9 +17,10 @@ else:
 
 from gpt_ext import checkpoint, train
 from gpt_ext.commands import Parser
+from gpt_ext.distributed import LostProcessError, World
 from gpt_ext.errors import UserError
 from gpt_ext.options import ModelOptions, TrainOptions
-from gpt_ext.progress import draw_curve
+from gpt_ext.plots import draw_curves
 
 
 class _Parser(Parser):
@@ -39,11 +41,13 @@ def _word(value: object) -> str:
 
 def parser() -> Parser:
     """Of the files, and of the fields of ModelOptions and TrainOptions."""
-    parser = _Parser(description="Trains a model on the characters of a text file.")
+    parser = _Parser(description="Trains a model on a text file, or on prepared data.")
     parser.add_argument(
         "--config", type=str, help="a TOML file of these options; the command line goes before it"
     )
-    parser.add_argument("--data", type=str, help="the text file, UTF-8")
+    parser.add_argument(
+        "--data", type=str, help="a text file, UTF-8, or a folder of gpt-ext prepare"
+    )
     parser.add_argument("--out", type=str, help="the folder of the new run")
     parser.add_argument("--resume", type=str, help="go on with this run, as if never stopped")
     for options in (ModelOptions, TrainOptions):
@@ -62,18 +66,27 @@ def run(options: Any) -> int:
     model, training = _picked(ModelOptions, options), _picked(TrainOptions, options)
     if options.resume is None:
         if options.data is None or options.out is None:
-            raise UserError("train needs --data FILE and --out RUN, or --resume RUN")
-        run = Path(options.out)
-        trainer = train.start(Path(options.data), run, model, training)
+            raise UserError("train needs --data PATH and --out RUN, or --resume RUN")
+        run, world = Path(options.out), World(training.device)
+        begin = partial(train.start, Path(options.data), run, model, training, world)
     else:
         if options.data or options.out or model != ModelOptions() or training != TrainOptions():
             raise UserError("--resume RUN takes its options from the run: give no other")
         run = Path(options.resume)
-        trainer = train.resume(run)
+        world = World(checkpoint.read_config(run)["train"]["device"])
+        begin = partial(train.resume, run, world)
+    try:
+        with world.joined():
+            return _train(begin(), run)
+    except LostProcessError as error:
+        raise UserError(f"{error}; to go on: gpt-ext train --resume {run}") from error
+
+
+def _train(trainer: train.Trainer, run: Path) -> int:
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    print(f"{parameters:,} parameters, {len(trainer.tokenizer)} distinct characters", flush=True)
+    print(f"{parameters:,} parameters, {len(trainer.data.tokenizer)} distinct tokens", flush=True)
     finished = trainer.train()
-    _draw(run)
+    trainer.world.first(partial(_draw, run))
     if not finished:
         print(f"stopped with step {trainer.saved} saved; to go on: gpt-ext train --resume {run}")
         return 130
@@ -103,8 +116,8 @@ def _picked(kind: Callable[..., Any], options: Any) -> Any:
 
 
 def _draw(run: Path) -> None:
-    """Draws the loss curve of a run; where that fails, says why and goes on."""
+    """Draws the curves of a run; where that fails, says why and goes on."""
     try:
-        draw_curve(checkpoint.read_lines(run / checkpoint.METRICS), run / checkpoint.CURVE)
+        draw_curves(checkpoint.read_lines(run / checkpoint.METRICS), run / checkpoint.CURVES)
     except UserError as error:
         print(error)
