@@ -14,7 +14,8 @@ from gpt_ext.errors import UserError
 COMMANDS = {
     "prepare": "text files -> data set",
     "train": "text file or data set -> run",
-    "generate": "run -> text",
+    "generate": "run or model -> text",
+    "convert": "run or model -> other formats",
     "demo": "about a minute, from nothing to text",
     "doctor": "what this installation can do",
 }

@@ -129,7 +129,7 @@ def _as_norm_bias(head: Tensor, bias: Tensor) -> Tensor:
 
 def _config_of(model: GPT) -> dict[str, Any]:
     config = model.config
-    activation = {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation)
+    activation = {"gelu_tanh": "gelu_new"}.get(config.activation, config.activation)
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ class Pretrained:
         UserError where there is no model, where it is of another architecture, and for a file that
         holds pickled code, which is never run.
         """
-        return load(Path(path), **arguments)
+        return load(Path(path), **arguments)[0]
 
     def save_pretrained(self: GPT, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:  # type: ignore[misc]
         """Writes config.json, model.safetensors and the tokenizer's file; UserError if it can't."""
@@ -97,27 +98,31 @@ def write_folder(
         write_whole(folder / tokenizers.FILE, tokenizer.to_json().encode())
 
 
-def load(path: Path, **arguments: Any) -> GPT:
-    """What `GPT.from_pretrained` does."""
+def load(path: Path, **arguments: Any) -> tuple[GPT, Tokenizer | None]:
+    """What `GPT.from_pretrained` does; with the tokenizer of a folder that has one."""
+    from gpt_ext import tokenizer as tokenizers
+
     if not path.exists():
         raise UserError(f"{path} does not exist")
     if not path.is_dir():
-        return _build(path, read_weights(path), arguments)
+        return _build(path, read_weights(path), arguments), None
     config = _read_config(path)
-    kind = config.get("model_type")
+    kind = config.pop("model_type", None)
     if kind is None and "model" in config:
         from gpt_ext.checkpoint import load_run
 
-        return load_run(path)[0]
+        return load_run(path)
     if kind == MODEL_TYPE:
-        del config["model_type"]
-        return _build(path / WEIGHTS, read_weights(path / WEIGHTS), config | arguments)
-    if kind == "gpt2":
+        model = _build(path / WEIGHTS, read_weights(path / WEIGHTS), config | arguments)
+    elif kind == "gpt2":
         from gpt_ext import gpt2
 
         told = gpt2.arguments_of(config, path / CONFIG)
-        return _build(path, gpt2.read_folder(path), told | arguments)
-    raise UserError(f"{path / CONFIG} is of model_type {kind!r}, expected {MODEL_TYPE} or gpt2")
+        model = _build(path, gpt2.read_folder(path), told | arguments)
+    else:
+        raise UserError(f"{path / CONFIG} is of model_type {kind!r}, expected gpt_ext or gpt2")
+    has_tokenizer = (path / tokenizers.FILE).is_file()
+    return model, tokenizers.load_tokenizer(path) if has_tokenizer else None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -147,7 +152,9 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that it goes on to refuse
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} holds more than tensors, and is never unpickled, as that can run any code "

@@ -1,4 +1,4 @@
-"""What a training run shows: a bar on a terminal, lines elsewhere."""
+"""What long work shows: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gpt_ext import checkpoint
+from gpt_ext import pretrained
 from gpt_ext.commands import Parser
 from gpt_ext.errors import UserError
 from gpt_ext.generation import Overflow, WeightFormat
@@ -18,7 +18,7 @@ from gpt_ext.tokenizer import Tokenizer
 def parser() -> Parser:
     """Of the run, the prompt, and the options of `GPT.stream`."""
     parser = Parser(description="Writes what follows a prompt, character by character.")
-    parser.add_argument("run", type=str, help="the folder of a run")
+    parser.add_argument("run", type=str, help="the folder of a run, or of a model")
     parser.add_argument("--prompt", type=str, default="\n", help="what to go on from")
     parser.add_argument("--length", type=int, default=500, help="characters to write")
     parser.add_argument(
@@ -45,7 +45,12 @@ def parser() -> Parser:
 
 
 def run(options: Any) -> int:
-    model, tokenizer = checkpoint.load_run(Path(options.run))
+    model, tokenizer = pretrained.load(Path(options.run))
+    if tokenizer is None:
+        raise UserError(
+            f"{options.run} has no tokenizer; to give it one: gpt-ext convert {options.run} FOLDER "
+            "--tokenizer PATH"
+        )
     write(
         model, tokenizer, options.prompt, options.length, options.seed,
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
@@ -71,7 +76,7 @@ def write(
         tokens = model.stream(
             tokenizer.encode(prompt)[None], length, generator=generator, **options
         )
-    except ValueError as error:
+    except (ValueError, IndexError) as error:
         raise UserError(f"can't go on from {prompt!r}: {error}") from None
     text_of = tokenizer.stream()
     print(prompt, end="", flush=True)
