@@ -123,7 +123,7 @@ def _texts(source: Source, start: int, seen: Callable[[bytes], object]) -> Itera
 
 def _last_cut(text: str) -> int:
     """Where `text` can be cut, as near its end as is found quickly; 0 where nowhere."""
-    for near in (len(text) - 1024, 0):
+    for near in (len(text) - 256, 0):
         cuts = [match.start() for match in CUT.finditer(text, max(0, near))]
         if cuts:
             return cuts[-1]

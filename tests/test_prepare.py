@@ -19,6 +19,7 @@ import tiktoken
 import tokenizers
 import torch
 from corpus import sentences
+from tiktoken_ext import openai_public
 from torch import Tensor
 
 from gpt_ext import corpus
@@ -124,25 +125,24 @@ def test_a_learned_vocabulary_gives_the_tokens_of_the_whole_text(tmp_path: Path)
     assert dataset.tokenizer.decode(expected) == f"{text}{END}the{END}"
 
 
+@pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
 def test_a_vocabulary_of_tiktoken_gives_the_tokens_of_the_whole_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    # The pattern is one of tiktoken's own, the tokens are bytes and a few of their pairs.
-    from tiktoken_ext.openai_public import r50k_pat_str
-
+    # The pattern and the special tokens are tiktoken's, the tokens bytes and a few of their pairs.
     tokens = [bytes([i]) for i in range(256)] + [b"th", b"the", b" t", b" the", b"ed", b"\n\n"]
-    tiny = tiktoken.Encoding(
-        "tiny",
-        pat_str=r50k_pat_str,
-        mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
-        special_tokens={END: 70_000},
-    )
-    monkeypatch.setitem(tiktoken.registry.ENCODINGS, "tiny", tiny)
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    for loader in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
+        monkeypatch.setattr(openai_public, loader, lambda *_, **__: ranks)
+    parts = getattr(openai_public, name)() | {"explicit_n_vocab": None}
+    small = tiktoken.Encoding(**parts)
+    monkeypatch.setitem(tiktoken.registry.ENCODINGS, name, small)
     text = mixed(200_000) + END
-    dataset = made(tmp_path, written(tmp_path / "a.txt", text), tokenizer="tiktoken:tiny")
-    assert dataset.training.dtype == torch.uint32
-    assert all_tokens(dataset).tolist() == [*tiny.encode_ordinary(text), 70_000]
-    monkeypatch.delitem(tiktoken.registry.ENCODINGS, "tiny")
+    dataset = made(tmp_path, written(tmp_path / "a.txt", text), tokenizer=f"tiktoken:{name}")
+    assert dataset.training.dtype == (torch.uint16 if name == "gpt2" else torch.uint32)
+    end = parts["special_tokens"][END]
+    assert all_tokens(dataset).tolist() == [*small.encode_ordinary(text), end]
+    monkeypatch.delitem(tiktoken.registry.ENCODINGS, name)
     assert load_tokenizer(tmp_path / "out").decode(all_tokens(dataset)) == text + END
 
 

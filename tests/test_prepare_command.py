@@ -74,3 +74,19 @@ def test_errors_are_one_line(tmp_path: Path, arguments: tuple[str, ...], message
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith("gpt-ext: error: ")
     assert message in result.stderr
+
+
+def test_a_model_learns_from_what_was_prepared_and_writes(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text(sentences(20_000) + "東京")
+    steps = (
+        ("prepare", tmp_path / "t.txt", "--out", tmp_path / "set", "--tokenizer", "bpe",
+         "--vocab-size", "280"),
+        ("train", "--data", tmp_path / "set", "--out", tmp_path / "run", "--steps", "4",
+         "--context-length", "16", "--model-dim", "16", "--num-blocks", "1", "--num-heads", "2",
+         "--batch-size", "4", "--eval-batches", "2", "--warmup-steps", "2"),
+        ("generate", tmp_path / "run", "--prompt", "the 東", "--length", "8"),
+    )  # fmt: skip
+    for arguments in steps:
+        result = gpt_ext(*arguments)
+        assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("the 東")
