@@ -57,6 +57,15 @@ def test_nanogpts_checkpoint_becomes_a_model_that_writes(tmp_path: Path) -> None
     assert "bare has no tokenizer; to give it one: gpt-ext convert" in refused.stderr
 
 
+def test_tokens_without_a_text_are_shown_as_such(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "letters.json").write_text(CharTokenizer("ab").to_json())
+    new = tmp_path / "new"
+    assert gpt_ext("convert", run, new, "--tokenizer", tmp_path / "letters.json").returncode == 0
+    written = gpt_ext("generate", new, "--prompt", "ab", "--length", "50", "--seed", "0")
+    assert written.returncode == 0, written.stderr
+    assert set(written.stdout) == {"a", "b", "\ufffd", "\n"}
+
+
 def test_a_run_goes_to_the_three_other_programs(run: Path, tmp_path: Path) -> None:
     for kind in ("gpt2", "onnx", "program"):
         done = gpt_ext("convert", run, tmp_path / kind, "--to", kind)

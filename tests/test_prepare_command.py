@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import child
@@ -36,14 +37,25 @@ def test_prepare_tells_what_it_made(tmp_path: Path) -> None:
     assert result.stderr == ""
 
 
-def test_stdin_is_an_input(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "gpt_ext", "prepare", "-", "--out", str(tmp_path / "out")]
+def test_stdin_is_an_input_and_after_ctrl_c_the_same_command_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "gpt_ext", "prepare", "-", "--out", str(out)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, **pipes) as process:
+        while not (out / "stdin.tmp").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate()
+    assert (process.returncode, stderr) == (130, b"")
+    assert stdout == b"stopped; the same command goes on\n"
     text = sentences(3000) + "東京"
-    done = subprocess.run(command, input=text.encode(), capture_output=True, env=os.environ)
+    done = subprocess.run(command, input=text.encode(), capture_output=True)
     assert done.returncode == 0, done.stderr
-    dataset = open_dataset(tmp_path / "out")
+    dataset = open_dataset(out)
     ids = [*dataset.training.tolist(), *dataset.validation.tolist()]
     assert dataset.tokenizer.decode(ids) == text
+    assert not [*out.glob("stdin*")]
 
 
 @pytest.mark.parametrize("replacement", ["?", "1", "~"])

@@ -81,5 +81,9 @@ def write(
     text_of = tokenizer.stream()
     print(prompt, end="", flush=True)
     for token in tokens:
-        print(text_of(int(token)), end="", flush=True)
+        try:
+            text = text_of(int(token))
+        except IndexError:  # a model may have more tokens than its vocabulary
+            text = "\ufffd"
+        print(text, end="", flush=True)
     print()
