@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -82,6 +83,21 @@ def list_sources(inputs: Sequence[Path], form: Form, text_key: str, line_end: st
         )
         for file in files
     ]
+
+
+def identity(path: Path) -> dict[str, Any]:
+    """What tells that a file is still the same, without reading it."""
+    found = path.stat()
+    return {"path": str(path.resolve()), "bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file, in little memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def pieces(

@@ -16,22 +16,23 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 from gpt_ext import bpe, tokenizer
 from gpt_ext.checkpoint import write_whole
 from gpt_ext.corpus import (
-    BLOCK,
     NOT_TEXT,
     batches,
     encoded,
+    identity,
     list_sources,
     pieces,
     place_of,
+    sha256_of,
     without_token,
 )
 from gpt_ext.data import DTYPES, MANIFEST, TOKENS, DataSet, open_dataset
@@ -177,13 +178,22 @@ class Preparation:
         if self.options.tokenizer == "characters":
             characters = (set(self.done.characters) - NOT_TEXT) | set(replacement)
             return CharTokenizer("".join(sorted(characters)))
-        every = -(-sum(self.sizes) // BPE_SAMPLE)
-        read = (piece.text for source in self.sources for piece in pieces(source))
-        sample = (text.translate(self.table(NOT_TEXT)) for text in islice(read, 0, None, every))
         try:
-            return bpe.BPETokenizer.train(sample, self.options.vocab_size)
+            return bpe.BPETokenizer.train(self.sample(), self.options.vocab_size)
         except ValueError as error:
             raise UserError(str(error)) from None
+
+    def sample(self) -> Iterator[str]:
+        """Every n-th piece of the inputs, BPE_SAMPLE of text at most."""
+        before, total, numbers = 0, sum(self.sizes), count()
+        every, table = -(-total // BPE_SAMPLE), self.table(NOT_TEXT)
+        with ByteProgress("learning", 0, total) as progress:
+            for source, size in zip(self.sources, self.sizes, strict=True):
+                for piece in pieces(source):
+                    progress.at(before + piece.offset)
+                    if next(numbers) % every == 0:
+                        yield piece.text.translate(table) if table else piece.text
+                before += size
 
     def table(self, characters: Iterable[str]) -> dict[int, str]:
         """For str.translate: each of the characters becomes the replacement, if there is one."""
@@ -276,21 +286,6 @@ def keep_stdin(path: Path) -> None:
     with open(temporary, "wb") as file:
         shutil.copyfileobj(sys.stdin.buffer, file)
     os.replace(temporary, path)
-
-
-def identity(path: Path) -> dict[str, Any]:
-    """What tells that a file is still the same, without reading it."""
-    found = path.stat()
-    return {"path": str(path.resolve()), "bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
-
-
-def sha256_of(path: Path) -> str:
-    """The hash of a file, in little memory."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def dtype_of(coder: Tokenizer) -> str:
