@@ -21,6 +21,10 @@ from gpt_ext.errors import UserError
 
 Parallel = Literal["ddp", "fsdp"]
 
+# Groups that were left: were DDP's the last reference to one, it would end the group's threads
+# while it holds the GIL, which they may be waiting for.
+_GROUPS: list[object] = []
+
 
 class LostProcessError(UserError):
     """Another process of the job is gone."""
@@ -67,9 +71,10 @@ class World:
         except (RuntimeError, distributed.DistError) as error:
             # gloo's errors are RuntimeErrors that bear its name; NCCL's have a type.
             if isinstance(error, distributed.DistError) or "gloo" in str(error):
-                raise LostProcessError(f"another process of the job is gone: {error}") from error
+                raise LostProcessError("another process of the job is gone") from error
             raise
         finally:
+            _GROUPS.append(distributed.group.WORLD)
             distributed.destroy_process_group()
 
     def spread(self, objective: nn.Module, blocks: nn.ModuleList, parallel: Parallel) -> nn.Module:
@@ -83,9 +88,8 @@ class World:
         if parallel == "ddp":
             return DistributedDataParallel(objective)
         mesh = distributed.init_device_mesh(self.device.type, (self.size,))
-        for block in blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(objective, mesh=mesh)
+        for module in (*blocks, objective):  # the last one has what the blocks have not
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
         return objective
 
     def mean(self, value: Tensor) -> Tensor:

@@ -211,9 +211,9 @@ class Trainer:
             self.best_loss = validation_loss
             names.insert(0, checkpoint.BEST)
         with self.average.in_place() if self.average else nullcontext():
-            weights = {k: whole(v).cpu() for k, v in self.model.state_dict().items()}
-        for name in names:
-            self.world.first(partial(checkpoint.save_weights, self.run / name, weights))
+            weights = {k: whole(v) for k, v in self.model.state_dict().items()}
+            for name in names:
+                self.world.first(partial(checkpoint.save_weights, self.run / name, weights))
         state.save(self.run, self.step, self.tensors(), self.world, self.options.keep_last)
         self.saved = self.step
 

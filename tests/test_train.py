@@ -7,17 +7,21 @@ import errno
 import json
 import math
 import os
+import random
 import signal
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import child
 import pytest
 import torch
 from corpus import sentences
 from torch import Tensor, nn
 
-from gpt_ext import GPT, checkpoint, optimizer, train
+from gpt_ext import GPT, checkpoint, optimizer, state, train
 from gpt_ext.errors import UserError
 from gpt_ext.options import ModelOptions, TrainOptions
 
@@ -44,8 +48,9 @@ def text(tmp_path: Path) -> Path:
 def begin(text: Path, tmp_path: Path) -> Callable[..., train.Trainer]:
     """begin("name", option=...) starts a small run in the folder of that name."""
 
-    def begin(name: str, **options: Any) -> train.Trainer:
-        return train.start(text, tmp_path / name, MODEL, TrainOptions(**TRAIN | options))
+    def begin(name: str, dropout: float = 0.1, **options: Any) -> train.Trainer:
+        model = dataclasses.replace(MODEL, dropout=dropout)
+        return train.start(text, tmp_path / name, model, TrainOptions(**TRAIN | options))
 
     return begin
 
@@ -213,6 +218,34 @@ def test_a_run_goes_on_with_another_number_of_threads(
     assert_equal_tensors(resumed.tensors(), whole.tensors())
 
 
+def test_killed_at_any_moment_a_run_loses_no_checkpoint_and_ends_as_if_never_stopped(
+    begin: Callable[..., train.Trainer], text: Path, tmp_path: Path
+) -> None:
+    run, draw = tmp_path / "killed", random.Random(0)
+    options = {"steps": 60, "eval_every": 1, "eval_batches": 1, "keep_last": 2}
+    words = [f"--{k.replace('_', '-')}={v}" for k, v in (asdict(MODEL) | TRAIN | options).items()]
+    command = ["train", "--data", str(text), "--out", str(run), *words]
+    for _ in range(8):
+        before = state.steps(run)[-1:]
+        process = child.start([word.replace("=True", "=true") for word in command])
+        while state.steps(run)[-1:] <= before:
+            assert process.is_alive()
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.1))  # a step and its checkpoint take about as long
+        process.kill()
+        process.join()
+        assert len(state.steps(run)) in (1, 2, 3)  # the third, if killed before the first went
+        command = ["train", "--resume", str(run)]
+    assert child.run(command).returncode == 0
+    whole = begin("whole", **options)
+    whole.train()
+    assert records_of(run) == records_of(whole.run)
+    for name in (checkpoint.BEST, checkpoint.LAST):
+        assert (run / name).read_bytes() == (whole.run / name).read_bytes()
+    assert state.steps(run) == [59, 60]
+    assert [path for path in run.rglob(".*.tmp")] == []
+
+
 def test_a_second_interrupt_stops_at_once_and_the_handler_is_given_back() -> None:
     before = signal.getsignal(signal.SIGINT)
     with train.on_interrupt() as stop:
@@ -346,6 +379,102 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine() -> None:
     assert rates[110] == pytest.approx(0.2)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert optimizer.learning_rate(0, TrainOptions(warmup_steps=0)) == TrainOptions().learning_rate
+
+
+def test_micro_batches_add_up_to_the_same_step(begin: Callable[..., train.Trainer]) -> None:
+    steps = []
+    for name, options in (
+        ("whole", {}),
+        ("parts", {"micro_batch_size": 1}),
+        ("again", {"recompute": True}),
+    ):
+        trainer = begin(name, dropout=0.0, **options)
+        losses = [trainer.optimize()["loss"] for _ in range(3)]
+        steps.append((losses, torch.cat([p.flatten() for p in trainer.model.parameters()])))
+    (losses, weights), parts, again = steps
+    assert parts[0] == pytest.approx(losses, rel=1e-6)
+    assert (parts[1] - weights).norm() < 1e-5 * weights.norm()
+    assert again[0] == losses
+    assert torch.equal(again[1], weights)
+
+
+def test_bfloat16_learns_as_float32_does(begin: Callable[..., train.Trainer]) -> None:
+    losses, dtypes = [], set()
+    for precision in ("float32", "bfloat16"):
+        trainer = begin(precision, precision=precision, steps=60, eval_every=60, learning_rate=1e-2)
+        trainer.train()
+        losses.append(trainer.evaluate())
+        dtypes |= {p.dtype for p in trainer.model.parameters()}
+    assert dtypes == {torch.float32}
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_float16_is_refused_on_a_cpu(begin: Callable[..., train.Trainer], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="precision float16 has no kernels for CPUs: take bfloat16"):
+        begin("run", precision="float16")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU scales losses as float16 has them scaled on CUDA, and computes in float32."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(
+        torch.amp, "GradScaler",
+        lambda device, enabled: scaler(device, init_scale=2.0**10, growth_interval=3),
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("scaled")
+def test_a_scaled_run_learns_the_same_skips_what_overflows_and_goes_on_exactly(
+    begin: Callable[..., train.Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = begin("whole")
+    loss = train.Trainer.loss
+
+    def overflowing(self: train.Trainer, *batch: Tensor) -> Tensor:
+        return loss(self, *batch) * (math.inf if self.model.training and self.step == 5 else 1)
+
+    monkeypatch.setattr(train.Trainer, "loss", overflowing)
+    whole.train()
+    assert [r["step"] for r in records_of(whole.run) if r.get("loss", 0) is None] == [6]
+    # doubled after 3 good steps, halved by the bad one, doubled by every third of 18 good ones
+    assert whole.scaler.get_scale() == 2.0**10 * 2 / 2 * 2**6
+    stopped = begin("stopped")
+    interrupt_after(stopped, 13, monkeypatch)
+    stopped.train()
+    resumed = train.resume(stopped.run)
+    assert resumed.scaler.get_scale() == stopped.scaler.get_scale() != 2.0**10
+    resumed.train()
+    assert records_of(resumed.run) == records_of(whole.run)
+    assert_equal_tensors(resumed.tensors(), whole.tensors())
+
+
+def test_the_average_of_the_weights_is_what_is_evaluated_and_kept(
+    begin: Callable[..., train.Trainer],
+) -> None:
+    trainer = begin("run", ema=0.99)
+    expected = {k: v.detach().double().clone() for k, v in trainer.model.named_parameters()}
+    optimize = trainer.optimize
+
+    def averaging() -> dict[str, float]:
+        record = optimize()
+        decay = min(0.99, (1 + trainer.step) / (10 + trainer.step))
+        for name, parameter in trainer.model.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * parameter.detach().double()
+        return record
+
+    trainer.optimize = averaging  # type: ignore[method-assign]
+    trainer.train()
+    kept, _ = checkpoint.load_run(trainer.run)
+    for name, parameter in kept.named_parameters():
+        torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-5, atol=1e-6)
+        assert not torch.equal(parameter, trainer.model.get_parameter(name))
+    plain = begin("plain")
+    plain.train()
+    assert_equal_tensors(dict(plain.model.state_dict()), dict(trainer.model.state_dict()))
+    assert plain.evaluate() != trainer.evaluate()
 
 
 def test_gradients_are_clipped(begin: Callable[..., train.Trainer]) -> None:
