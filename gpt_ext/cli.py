@@ -14,6 +14,8 @@ from gpt_ext.errors import UserError
 COMMANDS = {
     "train": "text file -> run",
     "generate": "run -> text",
+    "inspect": "what a run's model takes",
+    "attention": "what the heads of a run's model look at, as a picture",
     "demo": "about a minute, from nothing to text",
     "doctor": "what this installation can do",
 }
