@@ -16,6 +16,8 @@ COMMANDS = {
     "train": "text file or data set -> run",
     "generate": "run or model -> text",
     "convert": "run or model -> other formats",
+    "inspect": "what a run's model takes",
+    "attention": "what the heads of a run's model look at, as a picture",
     "demo": "about a minute, from nothing to text",
     "doctor": "what this installation can do",
 }
@@ -25,8 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] not in COMMANDS:
+    if words and words[0].startswith("-"):
         overview().parse_args(words)  # shows the help, or fails
+    if not words or words[0] not in COMMANDS:
+        got = f", got {words[0]!r}" if words else ""
+        return fail(f"expected a command, one of {', '.join(COMMANDS)}{got}")
     command = import_module(f"gpt_ext.commands.{words[0]}")
     parser: Parser = command.parser()
     parser.prog = f"gpt-ext {words[0]}"

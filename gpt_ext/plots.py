@@ -1,14 +1,20 @@
-"""Pictures, by matplotlib: the curves of a run."""
+"""Pictures, by matplotlib: the curves of a run, and what its model looks at."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+import itertools
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from gpt_ext.checkpoint import write_whole
 from gpt_ext.errors import UserError
+from gpt_ext.model import GPT
 
 # What is drawn below each other: title of the axis, and key, label and style of its lines.
 CURVES: list[tuple[str, list[tuple[str, str | None, str]]]] = [
@@ -55,3 +61,55 @@ def draw_curves(metrics: Iterable[Mapping[str, Any]], path: Path) -> None:
     all_axes[0].legend()
     all_axes[-1].set_xlabel("step")
     save_figure(figure, path)
+
+
+@torch.no_grad()
+def attention_weights(model: GPT, tokens: Tensor) -> Tensor:
+    """What each of `tokens` (T,) takes from each: (layers, heads, T, T), rows that add up to 1.
+
+    They are those of the model as it reads the tokens, dropout off. ValueError for no tokens or for
+    more than the context.
+    """
+    if not len(tokens):
+        raise ValueError("there is nothing to look at")
+    maps = []
+
+    def attend(qkv: Tensor) -> Tensor:  # (B, T, 3, H, D) -> (B, T, H, D)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, T, D)
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        future = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+        maps.append(weights[0])
+        return (weights @ v).transpose(1, 2)
+
+    model.eval()
+    x = model.embed(tokens[None])
+    for block in model.blocks:
+        x = block(x, attend)
+    return torch.stack(maps)
+
+
+def draw_attention(weights: Tensor, labels: Sequence[str], path: Path) -> None:
+    """A map a head, layers from top to bottom, as PNG; UserError where matplotlib is missing.
+
+    `weights` (layers, heads, T, T), `labels` the text of each of the T tokens.
+    """
+    layers, heads, count, _ = weights.shape
+    size = max(1.6, 0.11 * count)  # inches a map: room for a label a token
+    figure = new_figure(0.6 + heads * size, 0.8 + layers * size)
+    figure.suptitle("rows look at columns: from white, not at all, to dark, at nothing else")
+    grid = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
+    shown = [label.replace("\n", "↵").replace(" ", "␣") for label in labels]
+    for layer, head in itertools.product(range(layers), range(heads)):
+        axes = grid[layer, head]
+        axes.imshow(weights[layer, head].numpy(), cmap="Blues", vmin=0, vmax=1)
+        axes.set_xticks(range(count), shown, fontsize=6)
+        axes.set_yticks(range(count), shown, fontsize=6)
+        axes.tick_params(length=0)
+        if layer == 0:
+            axes.set_title(f"head {head}", fontsize=8)
+        if head == 0:
+            axes.set_ylabel(f"layer {layer}", fontsize=8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # the font has not all the world's
+        save_figure(figure, path)

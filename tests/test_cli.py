@@ -166,7 +166,8 @@ def test_generate_with_options_that_cannot_be(
 def test_generate_from_what_is_no_run_or_a_damaged_one(
     trained: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    assert_one_error(gpt_ext("generate", tmp_path / "none"), "is no run: there is no .*config.json")
+    assert_one_error(gpt_ext("generate", tmp_path / "none"), "none does not exist")
+    assert_one_error(gpt_ext("generate", tmp_path), "holds no model: there is no .*config.json")
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     for name in ("config.json", "tokenizer.json", "best.safetensors"):
@@ -340,9 +341,16 @@ def test_doctor_tells_the_build() -> None:
     assert told["simd_level"] == facts["simd_level"]
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"]])
-def test_commands_that_are_none(arguments: Sequence[str]) -> None:
-    assert_one_error(gpt_ext(*arguments), "train.*generate.*demo.*doctor")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected a command, one of prepare, train, generate, .*, doctor"),
+        (["fly"], "expected a command, one of prepare, .*, doctor, got 'fly'"),
+        (["--fly"], "unrecognized arguments: --fly"),
+    ],
+)
+def test_commands_that_are_none(arguments: Sequence[str], message: str) -> None:
+    assert_one_error(gpt_ext(*arguments), message)
 
 
 def test_help_lists_commands_and_options() -> None:

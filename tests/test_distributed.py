@@ -16,7 +16,7 @@ import child
 import pytest
 import torch
 from corpus import sentences
-from torch import Tensor, distributed
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt_ext import GPT, checkpoint, state, train
