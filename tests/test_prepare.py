@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
+import re
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -22,7 +25,7 @@ from corpus import sentences
 from tiktoken_ext import openai_public
 from torch import Tensor
 
-from gpt_ext import corpus
+from gpt_ext import corpus, progress
 from gpt_ext import prepare as module
 from gpt_ext.bpe import END
 from gpt_ext.data import DataSet, open_dataset
@@ -327,6 +330,32 @@ def test_going_on_with_other_options_or_other_inputs_is_refused(
     written(unfinished / "a.txt", sentences(1001))
     with pytest.raises(UserError, match=r"the inputs have changed since .*out was begun"):
         made(tmp_path, unfinished)
+
+
+def test_going_on_after_the_disk_was_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = written(tmp_path / "t.txt", sentences(200_000))
+    monkeypatch.setattr(corpus, "BATCH", 1 << 15)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot make .*out: File too large"):
+            made(tmp_path, file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    dataset = made(tmp_path, file)
+    assert dataset.tokenizer.decode(all_tokens(dataset)) == sentences(200_000)
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(tmp_path / "t.txt", mixed(2_000_000))
+    seconds = itertools.count(step=4)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
+    made(tmp_path, file, tokenizer="bpe", vocab_size=300)
+    lines = capsys.readouterr().out.splitlines()
+    shown = re.compile(r"(reading|learning|encoding) \d of 2 MB  \d+ MB/s  \d+ s left")
+    assert {shown.fullmatch(line)[1] for line in lines} == {"reading", "learning", "encoding"}  # type: ignore[index]
 
 
 def peak_growth(inputs: list[str], out: str, answer: Any) -> None:
