@@ -19,12 +19,13 @@ from gpt_ext.tokenizer import ByteTokenizer, Tokenizer
 
 Form = Literal["auto", "text", "jsonl"]
 BLOCK = 1 << 15  # bytes read at once: a piece is as long or, where it can't be cut, longer
-MAX_PIECE = 1 << 24  # characters after which it is cut anywhere
+MAX_PIECE = 1 << 20  # characters after which it is cut anywhere
 BATCH = 1 << 19  # characters encoded at once
 
-# Between letters or digits, before one white space: tokens of GPT-2's and its successors' patterns
-# begin there, so that pieces cut there have the tokens of the whole.
-CUT = re.compile(r"(?<=[^\W_])(?=\s[^\W_])")
+# Before a single white space between letters or digits, and between a line end after a character
+# and a letter or digit: there tokens begin in the patterns of GPT-2 and its successors, and what
+# stands on one side does not change those of the other.
+CUT = re.compile(r"(?<=[^\W_])(?=\s[^\W_])|(?<=\S\n)(?=[^\W_])")
 # What is no character of a text: the zero byte, and what bytes that are not UTF-8 are read as.
 NOT_TEXT = {"\0", *map(chr, range(0xD800, 0xE000))}
 
@@ -117,14 +118,14 @@ def pieces(
 
 def _texts(source: Source, start: int, seen: Callable[[bytes], object]) -> Iterator[Piece]:
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    text, offset, line, column = "", start, 1, 1
+    text, offset, line, column, searched = "", start, 1, 1, 0
     with open(source.path, "rb") as file:
         file.seek(start)
         while True:
             block = file.read(BLOCK)
             seen(block)
             text += decoder.decode(block, final=not block)
-            cut = len(text) if not block else _last_cut(text)
+            cut = _last_cut(text, searched) if block else len(text)
             if not cut and len(text) > MAX_PIECE:
                 cut = MAX_PIECE
             if cut:
@@ -133,14 +134,15 @@ def _texts(source: Source, start: int, seen: Callable[[bytes], object]) -> Itera
                 yield Piece(piece, offset, not block, line, column)
                 line += piece.count("\n")
                 column = cut - piece.rfind("\n") if "\n" in piece else column + cut
+            searched = max(0, len(text) - 1)
             if not block:
                 return
 
 
-def _last_cut(text: str) -> int:
-    """Where `text` can be cut, as near its end as is found quickly; 0 where nowhere."""
-    for near in (len(text) - 256, 0):
-        cuts = [match.start() for match in CUT.finditer(text, max(0, near))]
+def _last_cut(text: str, start: int) -> int:
+    """A place near the end where `text` can be cut; 0 if there is none from `start` on."""
+    for near in (max(start, len(text) - 256), start):
+        cuts = [match.start() for match in CUT.finditer(text, near)]
         if cuts:
             return cuts[-1]
     return 0

@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch import Tensor
 from gpt_ext import corpus, progress
 from gpt_ext import prepare as module
 from gpt_ext.bpe import END
+from gpt_ext.corpus import Source, pieces
 from gpt_ext.data import DataSet, open_dataset
 from gpt_ext.errors import UserError
 from gpt_ext.prepare import PrepareOptions, prepare
@@ -56,6 +58,34 @@ def written(path: Path, text: str) -> Path:
 
 def all_tokens(dataset: DataSet) -> Tensor:
     return torch.cat((dataset.training, dataset.validation)).long()
+
+
+@pytest.mark.parametrize(
+    ("text", "most"),
+    [
+        (mixed(400_000), 40_000),
+        ("漢字かな、交じり。\n" * 30_000, 40_000),  # cut at line ends alone
+        ("…" * 3_000_000, 1_200_000),  # cut anywhere
+        ("x", 1),
+        ("", 0),
+    ],
+    ids=["mixed", "lines", "nowhere to cut", "short", "empty"],
+)
+def test_pieces_join_to_the_text_from_wherever_one_ended(
+    tmp_path: Path, text: str, most: int
+) -> None:
+    source = Source(written(tmp_path / "t.txt", text), jsonl=False, text_key="", line_end="")
+    found = [*pieces(source)]
+    assert "".join(piece.text for piece in found) == text
+    assert max((len(piece.text) for piece in found), default=0) <= most
+    assert [piece.ends for piece in found] == [False] * (len(found) - 1) + [True] * bool(text)
+    raw = text.encode()
+    for before, piece in list(pairwise(found))[::7]:
+        assert raw[before.offset :].startswith(piece.text.encode())
+        head = raw[: before.offset].decode()
+        assert piece.line == head.count("\n") + 1
+        assert piece.column == len(head) - head.rfind("\n")
+        assert next(pieces(source, before.offset)).text[:1000] == piece.text[:1000]
 
 
 def test_a_file_becomes_its_characters_mapped_from_a_file_and_split(tmp_path: Path) -> None:
