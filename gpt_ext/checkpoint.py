@@ -1,32 +1,32 @@
 """The files of a run, each of them whole or absent, whenever the program or the machine stops.
 
-config.json          model, vocabulary, training options, the data and its hash
+config.json          model, training options, the data and its hash
+tokenizer.json       text <-> the model's tokens
 best.safetensors     weights with the lowest validation loss
 last.safetensors     weights of the last checkpoint
-resume.pt            all that going on takes: weights, optimizer, step, generators
+checkpoints/         all that going on takes, by step: gpt_ext.state
 metrics.jsonl        a line a log or evaluation
-loss.png             the curves of metrics.jsonl
+curves.png           the curves of metrics.jsonl
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from gpt_ext.errors import UserError
 from gpt_ext.model import GPT, GPTConfig
 from gpt_ext.options import TrainOptions
-from gpt_ext.tokenizer import CharTokenizer
+from gpt_ext.tokenizer import FILE as TOKENIZER
+from gpt_ext.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG, BEST, LAST = "config.json", "best.safetensors", "last.safetensors"
-STATE, METRICS, CURVE = "resume.pt", "metrics.jsonl", "loss.png"
+METRICS, CURVES = "metrics.jsonl", "curves.png"
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -44,11 +44,16 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}") from error
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder last."""
+    opened = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)  # makes the new name last
+        os.fsync(opened)
     finally:
-        os.close(folder)
+        os.close(opened)
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
@@ -74,15 +79,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def create_run(run: Path, config: Mapping[str, Any]) -> None:
-    """Makes the folder of a new run with its config; UserError where there is something already."""
+def create_run(run: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+    """Makes the folder of a new run; UserError where there is something already."""
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UserError(f"{run} exists already; to go on with it: gpt-ext train --resume {run}")
     existed = run.exists()
     run.mkdir(parents=True, exist_ok=True)
     try:
+        write_whole(run / TOKENIZER, tokenizer.to_json().encode())
         write_whole(run / CONFIG, json.dumps(config, indent=2).encode())
     except UserError:
+        (run / TOKENIZER).unlink(missing_ok=True)
         if not existed:
             run.rmdir()
         raise
@@ -95,7 +102,7 @@ def read_config(run: Path) -> dict[str, Any]:
         raise UserError(f"{run} is no run: there is no {path}")
     try:
         config: dict[str, Any] = json.loads(path.read_text())
-        GPTConfig(len(CharTokenizer(config["vocabulary"])), **config["model"])
+        GPTConfig(config["vocab_size"], **config["model"])
         TrainOptions(**config["train"])
         Path(config["data"]), config["data_sha256"]
     except (ValueError, KeyError, TypeError, UserError) as error:
@@ -103,26 +110,20 @@ def read_config(run: Path) -> dict[str, Any]:
     return config
 
 
-def build_model(config: Mapping[str, Any]) -> tuple[GPT, CharTokenizer]:
-    """The model, with random weights, and the tokenizer of a run's config."""
-    tokenizer = CharTokenizer(config["vocabulary"])
-    return GPT(len(tokenizer), **config["model"]), tokenizer
-
-
-def save_weights(path: Path, model: GPT) -> None:
-    """The weights of `model`, on the CPU, as safetensors."""
+def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Weights, a model's state dict, as safetensors."""
     from safetensors.torch import save
 
-    write_whole(path, save({k: v.cpu().contiguous() for k, v in model.state_dict().items()}))
+    write_whole(path, save({k: v.cpu().contiguous() for k, v in weights.items()}))
 
 
-def load_run(run: Path) -> tuple[GPT, CharTokenizer]:
+def load_run(run: Path) -> tuple[GPT, Tokenizer]:
     """The best model of a run, in evaluation mode, and its tokenizer; UserError if damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     config = read_config(run)
-    model, tokenizer = build_model(config)
+    model, tokenizer = GPT(config["vocab_size"], **config["model"]), load_tokenizer(run)
     path = next((run / name for name in (BEST, LAST) if (run / name).is_file()), None)
     if path is None:
         raise UserError(f"{run} holds no checkpoint yet")
@@ -133,25 +134,6 @@ def load_run(run: Path) -> tuple[GPT, CharTokenizer]:
     except RuntimeError as error:
         raise UserError(f"{path} does not fit {run / CONFIG}: {_one_line(error)}") from None
     return model.eval(), tokenizer
-
-
-def save_state(run: Path, state: Mapping[str, Any]) -> None:
-    """Writes what `load_state` reads."""
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    write_whole(run / STATE, buffer.getvalue())
-
-
-def load_state(run: Path) -> dict[str, Any]:
-    """What the run needs to go on, read without unpickling code; UserError if there is none."""
-    path = run / STATE
-    if not path.is_file():
-        raise UserError(f"{run} can't be resumed: it stopped before its first checkpoint")
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return state
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {_one_line(error)}") from None
 
 
 def _one_line(error: Exception) -> str:

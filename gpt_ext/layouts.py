@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,20 +126,30 @@ GPT2 = Layout(
 LAYOUTS = (OWN, COURSE, NEWER_COURSE, NEWER_COURSE_PROJECTED, NANOGPT, GPT2)
 
 
-def to_own_layout(file: Mapping[str, Any], config: GPTConfig, strict: bool) -> dict[str, Tensor]:
-    """The weights of `file` under our names, for a model of `config`.
+class UnknownLayoutError(RuntimeError):
+    """The keys of a state dict are those of no layout here."""
 
-    Raises RuntimeError where the file wants other arguments of GPT, and, if `strict`, where keys
-    are missing or unexpected; if not, such a file comes back under its own names.
+
+class Reading(NamedTuple):
+    """A state dict under our names, and the arguments of GPT that its file tells."""
+
+    layout: str
+    weights: dict[str, Tensor]
+    arguments: dict[str, Any]
+
+
+def read(file: Mapping[str, Any]) -> Reading:
+    """What is in `file`, with what its layout has no tensor for filled in.
+
+    Raises TypeError for what is no state dict, UnknownLayoutError, naming the closest layout, where
+    keys are missing or unexpected.
     """
     weights, declared = unwrap(file)
     blocks = _count(r"(?:^|\.)(?:blocks|h|transformer_blocks)\.(\d+)\.", weights)
     heads = _count(r"\.(?:attention_heads|att_heads)\.(\d+)\.", weights)
     layout, missing, unexpected = _closest(weights, blocks, heads)
     if missing or unexpected:
-        if not strict:
-            return weights
-        raise RuntimeError(
+        raise UnknownLayoutError(
             f"the state dict is of no known layout; closest is {layout.name}, "
             f"with {_listed('missing', missing)} and {_listed('unexpected', unexpected)}"
         )
@@ -149,40 +159,65 @@ def to_own_layout(file: Mapping[str, Any], config: GPTConfig, strict: bool) -> d
         if parts[0] in weights
     }
     tokens, positions = own["token_embedding.weight"], own["position_embedding.weight"]
-    wanted = {
+    arguments = {
         "vocab_size": tokens.shape[0],
         "context_length": positions.shape[0],
         "model_dim": tokens.shape[-1],
         "num_blocks": blocks,
-        "num_heads": heads or declared or config.num_heads,
-        "activation": layout.activation or config.activation,
-        "qkv_bias": "blocks.0.attention.qkv.bias" in own or config.qkv_bias,
+        **declared,
+        **({"num_heads": heads} if heads else {}),
+        **({"activation": layout.activation} if layout.activation else {}),
+        "qkv_bias": "blocks.0.attention.qkv.bias" in own,
     }
+    _fill(own, blocks)
+    return Reading(layout.name, own, arguments)
+
+
+def to_own_layout(file: Mapping[str, Any], config: GPTConfig, strict: bool) -> dict[str, Tensor]:
+    """The weights of `file` under our names, for a model of `config`.
+
+    Raises RuntimeError where the file wants other arguments of GPT, and, if `strict`, where keys
+    are missing or unexpected; if not, such a file comes back under its own names.
+    """
+    try:
+        layout, own, told = read(file)
+    except UnknownLayoutError:
+        if strict:
+            raise
+        return unwrap(file)[0]
+    wanted = told | {"dropout": config.dropout, "qkv_bias": told["qkv_bias"] or config.qkv_bias}
     differing = [name for name, value in wanted.items() if value != getattr(config, name)]
     if differing:
         raise RuntimeError(
-            f"this {layout.name} state dict wants GPT({_arguments(wanted, differing)}), "
+            f"this {layout} state dict wants GPT({_arguments(wanted, differing)}), "
             f"the model has ({_arguments(vars(config), differing)})"
         )
-    _fill(own, config)
+    if config.qkv_bias:
+        for i in range(config.num_blocks):
+            weight = own[f"blocks.{i}.attention.qkv.weight"]
+            own.setdefault(f"blocks.{i}.attention.qkv.bias", weight.new_zeros(len(weight)))
     return own
 
 
-def unwrap(file: Mapping[str, Any]) -> tuple[dict[str, Tensor], int | None]:
-    """The bare state dict inside a checkpoint, and the number of heads, where it tells it.
+def unwrap(file: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The bare state dict inside a checkpoint, and arguments of GPT, where it tells them.
 
     Looks through `model`, `model_state_dict` and `state_dict`, and drops what torch.compile,
     DataParallel and GPT-2's class put before names: `_orig_mod.`, `module.`, `transformer.`.
     """
-    heads = None
+    declared = {}
     wrappers = ("model", "model_state_dict", "state_dict")
     while isinstance(file, Mapping) and (inner := [w for w in wrappers if w in file]):
-        heads = file.get("model_args", {}).get("n_head", heads)
+        arguments = file.get("model_args", {})  # nanoGPT's
+        for theirs, ours in (("n_head", "num_heads"), ("dropout", "dropout")):
+            if theirs in arguments:
+                declared[ours] = arguments[theirs]
         file = file[inner[0]]
     if not isinstance(file, Mapping) or not all(isinstance(v, Tensor) for v in file.values()):
         raise TypeError("expected a state dict, names -> tensors, or a checkpoint that holds one")
     prefix = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module)\.")
-    return {prefix.sub("", key).removeprefix("transformer."): v for key, v in file.items()}, heads
+    weights = {prefix.sub("", key).removeprefix("transformer."): v for key, v in file.items()}
+    return weights, declared
 
 
 def _closest(
@@ -236,17 +271,16 @@ def _converted(weights: Mapping[str, Tensor], parts: list[str], transposed: bool
     return whole.t() if transposed and whole.dim() == 2 else whole
 
 
-def _fill(own: dict[str, Tensor], config: GPTConfig) -> None:
+def _fill(own: dict[str, Tensor], blocks: int) -> None:
     """Adds what the file has no tensor for: zero biases, identity projections, the tied head."""
     tokens = own["token_embedding.weight"]
     own.setdefault("vocab_projection.weight", tokens.clone())
-    for i in range(config.num_blocks):
-        eye = torch.eye(config.model_dim, dtype=tokens.dtype, device=tokens.device)
+    for i in range(blocks):
+        eye = torch.eye(tokens.shape[-1], dtype=tokens.dtype, device=tokens.device)
         own.setdefault(f"blocks.{i}.attention.projection.weight", eye)
     for key, weight in list(own.items()):
-        bias = key.replace(".weight", ".bias")
-        if "embedding" not in key and ("qkv" not in key or config.qkv_bias):
-            own.setdefault(bias, weight.new_zeros(weight.shape[0]))
+        if "embedding" not in key and "qkv" not in key:
+            own.setdefault(key.replace(".weight", ".bias"), weight.new_zeros(weight.shape[0]))
 
 
 def _count(pattern: str, keys: Iterable[str]) -> int:

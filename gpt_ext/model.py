@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gpt_ext import generation, layouts
 from gpt_ext.checks import check_token_ids, check_tokens
 from gpt_ext.ops import Norm, cross_entropy, feed_forward, linear, packed_causal_attention
+from gpt_ext.pretrained import Pretrained
 
 Activation = Literal["relu", "gelu", "gelu_tanh"]
 MAX_HEAD_SIZE = 256  # kMaxHeadDim of csrc/ops/attention.h
@@ -119,7 +120,7 @@ class Block(nn.Module):
         return self.feed_forward(x, norm_of(self.feed_forward_norm))
 
 
-class GPT(nn.Module):
+class GPT(Pretrained, nn.Module):
     """A GPT: tokens (B, T) int64 -> raw logits (B, T, V).
 
     `activation` is "relu", "gelu" (exact) or "gelu_tanh"; `qkv_bias` gives the projection to

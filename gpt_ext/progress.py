@@ -1,15 +1,9 @@
-"""What a training run shows: a bar on a terminal, lines elsewhere, and the curve of its losses."""
+"""What long work shows: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
-import io
 import sys
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
-
-from gpt_ext.checkpoint import write_whole
-from gpt_ext.errors import UserError
+import time
 
 
 class Progress:
@@ -58,21 +52,40 @@ class Progress:
         self.console.print(line)
 
 
-def draw_curve(metrics: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Training and validation loss by step, as a PNG; UserError where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("no loss curve without matplotlib: pip install 'gpt-ext[plot]'") from None
+class ByteProgress:
+    """Shows how many of `total` bytes are done; without a terminal, a line every ten seconds."""
 
-    metrics = list(metrics)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a character)")
-    for key, label, style in (("loss", "training", "-"), ("validation_loss", "validation", "o-")):
-        points = [(record["step"], record[key]) for record in metrics if key in record]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=3)
-    axes.legend()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    write_whole(path, image.getvalue())
+    def __init__(self, what: str, done: int, total: int) -> None:
+        from rich import progress
+
+        self.what, self.first, self.done, self.total = what, done, done, total
+        self.since = self.told = time.monotonic()
+        self.bar = progress.Progress(
+            progress.TextColumn(what),
+            progress.BarColumn(),
+            progress.DownloadColumn(),
+            progress.TransferSpeedColumn(),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("left"),
+            disable=not sys.stdout.isatty(),
+        )
+        self.task = self.bar.add_task(what, completed=done, total=total)
+
+    def __enter__(self) -> ByteProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def at(self, done: int) -> None:
+        """Tells that so many bytes are done."""
+        self.done, now = done, time.monotonic()
+        self.bar.update(self.task, completed=done)
+        if self.bar.disable and now - self.told >= 10:
+            self.told, speed = now, (done - self.first) / (now - self.since)
+            print(
+                f"{self.what} {done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB  "
+                f"{speed / 1e6:,.0f} MB/s  {(self.total - done) / speed:.0f} s left",
+                flush=True,
+            )

@@ -1,11 +1,49 @@
-"""The character vocabulary: token i is the i-th of the text's distinct characters, sorted."""
+"""Text <-> token ids: characters, bytes, and the BPE vocabularies of gpt_ext.bpe.
+
+A tokenizer is kept in a file tokenizer.json beside what was made with it: BPE in the format of
+the library `tokenizers`, the others as an object with a `kind`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import codecs
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from gpt_ext.errors import UserError
+
+FILE = "tokenizer.json"
+
+
+class Tokenizer(Protocol):
+    """What every tokenizer does; `end` is the id of its token for the end of a text, if any."""
+
+    end: int | None
+
+    def __len__(self) -> int: ...
+
+    def encode(self, text: str) -> Tensor:
+        """Ids (n,) int64; ValueError where `text` has none."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Tensor]:
+        """The ids of each of `texts`, as `encode` gives them."""
+
+    def decode(self, ids: Iterable[int] | Tensor) -> str:
+        """The text of `ids`; IndexError for an id outside the vocabulary."""
+
+    def stream(self) -> Callable[[int], str]:
+        """A function that is given a text's tokens in turn: the characters that each completes."""
+
+    def unknown(self, characters: set[str]) -> set[str]:
+        """Those of `characters` that have no token."""
+
+    def to_json(self) -> str:
+        """What `from_json` makes the tokenizer of again."""
 
 
 class CharTokenizer:
@@ -13,6 +51,8 @@ class CharTokenizer:
 
     Raises ValueError for an empty vocabulary or one with a character twice.
     """
+
+    end: int | None = None
 
     def __init__(self, vocabulary: str) -> None:
         if not vocabulary:
@@ -45,16 +85,98 @@ class CharTokenizer:
             )
         return ids
 
+    def encode_batch(self, texts: Sequence[str]) -> list[Tensor]:
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: Iterable[int] | Tensor) -> str:
         """The text of `ids`; IndexError for an id outside the vocabulary."""
-        characters = []
-        for token in map(int, ids):
-            if not 0 <= token < len(self):
-                raise IndexError(
-                    f"token id {token} is outside the vocabulary, 0 to {len(self) - 1}"
-                )
-            characters.append(self.vocabulary[token])
-        return "".join(characters)
+        return "".join(self.vocabulary[token] for token in checked_ids(ids, len(self)))
+
+    def stream(self) -> Callable[[int], str]:
+        return lambda token: self.decode([token])
+
+    def unknown(self, characters: set[str]) -> set[str]:
+        return characters - set(self.vocabulary)
+
+    def to_json(self) -> str:
+        return json.dumps({"kind": "characters", "vocabulary": self.vocabulary})
+
+
+class ByteTokenizer:
+    """Bytes <-> token ids 0 to 255; text is UTF-8.
+
+    A byte that is none, which Python reads as a lone surrogate ("surrogateescape"), is itself.
+    """
+
+    end: int | None = None
+
+    def __len__(self) -> int:
+        return 256
+
+    def encode(self, text: str) -> Tensor:
+        """Ids (n,) int64, one a byte of the UTF-8 text."""
+        raw = bytearray(text, "utf-8", "surrogateescape")
+        return torch.frombuffer(raw, dtype=torch.uint8).long() if raw else torch.empty(0).long()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Tensor]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int] | Tensor) -> str:
+        """The text of `ids`, U+FFFD where they are no UTF-8; IndexError for an id above 255."""
+        return bytes(checked_ids(ids, 256)).decode("utf-8", "replace")
+
+    def stream(self) -> Callable[[int], str]:
+        return byte_stream(lambda token: bytes([token]))
+
+    def unknown(self, characters: set[str]) -> set[str]:
+        return set()
+
+    def to_json(self) -> str:
+        return json.dumps({"kind": "bytes"})
+
+
+def from_json(text: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json; ValueError where the text is none.
+
+    UserError where it takes a library that is not installed.
+    """
+    content: Any = json.loads(text)
+    kind = content.get("kind") if isinstance(content, dict) else None
+    if kind == "characters":
+        return CharTokenizer(content["vocabulary"])
+    if kind == "bytes":
+        return ByteTokenizer()
+    if kind == "tiktoken" or (isinstance(content, dict) and "model" in content):
+        from gpt_ext import bpe
+
+        return bpe.Tiktoken.from_dict(content) if kind == "tiktoken" else bpe.BPETokenizer(text)
+    raise ValueError("it describes no tokenizer that gpt_ext knows")
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a file, or of the tokenizer.json in a folder; UserError if it is none."""
+    file = path / FILE if path.is_dir() else path
+    try:
+        return from_json(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file} can't be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} holds no tokenizer: {error}") from None
+
+
+def byte_stream(bytes_of: Callable[[int], bytes]) -> Callable[[int], str]:
+    """`stream` of a tokenizer whose tokens are bytes: a character comes with its last byte."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return lambda token: decoder.decode(bytes_of(token))
+
+
+def checked_ids(ids: Iterable[int] | Tensor, size: int) -> list[int]:
+    """`ids` as a list; IndexError for one that is not from 0 to size - 1."""
+    tokens = [int(token) for token in ids]
+    for token in tokens:
+        if not 0 <= token < size:
+            raise IndexError(f"token id {token} is outside the vocabulary, 0 to {size - 1}")
+    return tokens
 
 
 def _code_points(text: str) -> Tensor:

@@ -1,83 +1,105 @@
-"""From a text file to a run: optimisation, evaluation, checkpoints, and going on after a stop."""
+"""From a data set to a run: optimisation, evaluation, checkpoints, and going on after a stop."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
-from gpt_ext import checkpoint, data
+from gpt_ext import checkpoint, state
+from gpt_ext.data import DataSet, open_dataset
+from gpt_ext.distributed import World, syncs, whole
 from gpt_ext.errors import UserError
 from gpt_ext.model import GPT, GPTConfig
+from gpt_ext.optimizer import Average, build_optimizer, learning_rate
 from gpt_ext.options import ModelOptions, TrainOptions
 from gpt_ext.progress import Progress
-from gpt_ext.tokenizer import CharTokenizer
+from gpt_ext.sampling import Windows, derived_seed
 
 
-def start(path: Path, run: Path, model: ModelOptions, train: TrainOptions) -> Trainer:
-    """A new run on the text at `path`; UserError, and no folder, where there can be none."""
-    text = data.read_text(path)
-    tokenizer = CharTokenizer.from_text(text)
+def start(
+    path: Path, run: Path, model: ModelOptions, train: TrainOptions, world: World | None = None
+) -> Trainer:
+    """A new run on the data at `path`; UserError, and no folder, where there can be none."""
+    data = open_dataset(path)
     try:
-        GPTConfig(len(tokenizer), **asdict(model))
+        GPTConfig(len(data.tokenizer), **asdict(model))
     except ValueError as error:
         raise UserError(str(error)) from None
     config = {
         "model": asdict(model),
-        "vocabulary": tokenizer.vocabulary,
+        "vocab_size": len(data.tokenizer),
         "train": asdict(train),
         "data": str(path.resolve()),
-        "data_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "data_sha256": data.sha256,
     }
-    trainer = Trainer(run, config, text)
-    checkpoint.create_run(run, config)
+    trainer = Trainer(run, config, data, world or World(train.device))
+    trainer.world.first(lambda: checkpoint.create_run(run, config, data.tokenizer))
     return trainer
 
 
-def resume(run: Path) -> Trainer:
+def resume(run: Path, world: World | None = None) -> Trainer:
     """The run as its last checkpoint left it: every later loss is that of a run never stopped."""
     config = checkpoint.read_config(run)
-    text = data.read_text(Path(config["data"]))
-    if hashlib.sha256(text.encode()).hexdigest() != config["data_sha256"]:
+    data = open_dataset(Path(config["data"]))
+    if data.sha256 != config["data_sha256"]:
         raise UserError(f"{config['data']} has changed since the run in {run} began")
-    trainer = Trainer(run, config, text)
+    trainer = Trainer(run, config, data, world or World(config["train"]["device"]))
     trainer.load()
     return trainer
+
+
+class Objective(nn.Module):
+    """The loss of a model as a module, which is what data-parallel wrappers take."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return self.model.loss(tokens, targets)
 
 
 class Trainer:
     """One run: its model, data, optimizer and step; `config` is the content of config.json."""
 
-    def __init__(self, run: Path, config: Mapping[str, Any], text: str) -> None:
-        self.run = run
+    def __init__(self, run: Path, config: Mapping[str, Any], data: DataSet, world: World) -> None:
+        self.run, self.data, self.world, self.device = run, data, world, world.device
         self.options = options = TrainOptions(**config["train"])
-        try:
-            self.device = torch.empty(0, device=options.device).device
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"device {options.device!r} can't be used: {error}") from None
+        self.share, self.micro = shares(options, world.size)
+        if options.precision == "float16" and self.device.type == "cpu":
+            raise UserError("precision float16 has no kernels for CPUs: take bfloat16, or CUDA")
         torch.manual_seed(options.seed)
-        self.model, self.tokenizer = checkpoint.build_model(config)
-        self.model.to(self.device)
-        self.training, self.validation = data.split(
-            self.tokenizer.encode(text), self.model.config.context_length
-        )
+        self.model = GPT(config["vocab_size"], **config["model"]).to(self.device)
+        length = self.model.config.context_length
+        data.check_lengths(length)
+        self.training = Windows(data.training, length, options.seed)
+        self.validation = Windows(data.validation, length, options.seed)
+        for block in self.model.blocks:
+            if options.recompute:
+                block.forward = partial(recompute, block.forward, use_reentrant=False)
+            if options.compile:
+                block.compile()
+        self.objective = world.spread(Objective(self.model), self.model.blocks, options.parallel)
         self.optimizer = build_optimizer(self.model, options)
-        self.batches = torch.Generator().manual_seed(options.seed)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "float16")
+        self.average = Average(self.model, options.ema) if options.ema else None
         self.step, self.saved, self.skipped, self.best_loss = 0, 0, 0, math.inf
 
     def train(self) -> bool:
-        """Trains to the last step (True), or to the first Ctrl-C, which saves too (False).
+        """Trains to the last step (True), or to Ctrl-C or SIGTERM, which save too (False).
 
         UserError where the disk is full or the loss stays without a finite value; the checkpoint
         before that is kept.
@@ -87,17 +109,17 @@ class Trainer:
         since, at = self.step, time.perf_counter()
         with (
             Progress(self.step, options.steps, options.log_every) as progress,
-            on_interrupt() as stop,
+            on_interrupt(repeated=self.world.size > 1) as stop,
         ):
-            while self.step < options.steps and not stop.is_set():
+            while self.step < options.steps and not self.world.any(stop.is_set()):
                 record = self.optimize()
                 steps_per_second = (self.step - since) / (time.perf_counter() - at)
                 tokens_per_second = steps_per_second * options.batch_size * context_length
                 progress.step(self.step, record["loss"], tokens_per_second, steps_per_second)
+                if self.step % options.log_every == 0 or self.skipped:
+                    self.log(record | {"tokens_per_second": round(tokens_per_second)})
                 if self.skipped == options.max_skipped:
                     raise self.diverged(f"{self.skipped} steps in a row had no finite loss")
-                if self.step % options.log_every == 0:
-                    self.log(record | {"tokens_per_second": round(tokens_per_second)})
                 if self.step % options.eval_every == 0 or self.step == options.steps:
                     loss = self.evaluate()
                     progress.say(f"step {self.step}/{options.steps}  validation loss {loss:.4f}")
@@ -107,7 +129,7 @@ class Trainer:
                     self.save(loss)
                     since, at = self.step, time.perf_counter()
         finished = self.step == options.steps
-        if not finished and not self.skipped:
+        if not finished and not self.skipped and self.saved != self.step:
             self.save()
         return finished
 
@@ -116,40 +138,59 @@ class Trainer:
         rate = learning_rate(self.step, self.options)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = self.model.loss(*self.batch(self.training, self.batches))
+        torch.manual_seed(derived_seed(self.options.seed, self.step, self.world.rank))  # dropout
         self.optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
-        if loss.isfinite() and norm.isfinite():
-            self.optimizer.step()
+        total = torch.zeros((), device=self.device)
+        pieces = self.pieces(self.training, self.step)
+        for number, (x, y) in enumerate(pieces, start=1):
+            syncs(self.objective, number == len(pieces))
+            loss = self.loss(x, y) / len(pieces)
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm))
+        total = self.world.mean(total)
+        self.step += 1
+        if total.isfinite() and norm.isfinite():
+            self.scaler.step(self.optimizer)
             self.skipped = 0
+            if self.average is not None:
+                self.average.update(self.step)
         else:
             self.skipped += 1
-        self.step += 1
+        self.scaler.update()
         return {
             "step": self.step,
-            "loss": loss.item(),
+            "loss": total.item(),
             "learning_rate": rate,
             "gradient_norm": norm.item(),
         }
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean loss on validation batches, the same ones each time."""
-        batches = torch.Generator().manual_seed(self.options.seed)
+        """Mean loss on validation batches, the same ones each time; of the average, if any."""
         self.model.eval()
-        losses = [
-            self.model.loss(*self.batch(self.validation, batches)).item()
-            for _ in range(self.options.eval_batches)
-        ]
+        with self.average.in_place() if self.average else nullcontext():
+            losses = [
+                self.loss(x, y).float()
+                for number in range(self.options.eval_batches)
+                for x, y in self.pieces(self.validation, number)
+            ]
         self.model.train()
-        return sum(losses) / len(losses)
+        return self.world.mean(torch.stack(losses).mean()).item()
 
-    def batch(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        x, y = data.random_batch(
-            tokens, self.options.batch_size, self.model.config.context_length, generator
-        )
-        return x.to(self.device), y.to(self.device)
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of sequences (B, T), in the run's precision."""
+        dtype = getattr(torch, self.options.precision)
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            loss: Tensor = self.objective(tokens.to(self.device), targets.to(self.device))
+        return loss
+
+    def pieces(self, windows: Windows, number: int) -> list[tuple[Tensor, Tensor]]:
+        """This process's share of batch `number`, in what it computes at once."""
+        first = number * self.options.batch_size + self.world.rank * self.share
+        x, y = windows.batch(first, self.share)
+        return list(zip(x.split(self.micro), y.split(self.micro), strict=True))
 
     def diverged(self, what: str) -> UserError:
         kept = f"the checkpoint of step {self.saved}" if self.saved else "no checkpoint"
@@ -161,85 +202,92 @@ class Trainer:
     def log(self, record: Mapping[str, float]) -> None:
         """Adds a line to metrics.jsonl, with null for what is not finite."""
         finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
-        checkpoint.append_line(self.run / checkpoint.METRICS, finite)
+        self.world.first(lambda: checkpoint.append_line(self.run / checkpoint.METRICS, finite))
 
     def save(self, validation_loss: float = math.inf) -> None:
-        """Writes the last checkpoint, and the best one if there was no lower loss before."""
+        """Writes a checkpoint, the last weights, and the best ones if no loss was lower before."""
+        names = [checkpoint.LAST]
         if validation_loss < self.best_loss:
             self.best_loss = validation_loss
-            checkpoint.save_weights(self.run / checkpoint.BEST, self.model)
-        checkpoint.save_weights(self.run / checkpoint.LAST, self.model)
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "best_loss": self.best_loss,
-            "batches": self.batches.get_state(),
-            "dropout": torch.get_rng_state(),
-        }
-        if self.device.type == "cuda":
-            state["dropout_cuda"] = torch.cuda.get_rng_state(self.device)
-        checkpoint.save_state(self.run, state)
+            names.insert(0, checkpoint.BEST)
+        with self.average.in_place() if self.average else nullcontext():
+            weights = {k: whole(v) for k, v in self.model.state_dict().items()}
+            for name in names:
+                self.world.first(partial(checkpoint.save_weights, self.run / name, weights))
+        state.save(self.run, self.step, self.tensors(), self.world, self.options.keep_last)
         self.saved = self.step
 
     def load(self) -> None:
         """Takes up what `save` wrote; UserError if that can't be, or if there is nothing to do."""
-        state = checkpoint.load_state(self.run)
-        try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step = self.saved = state["step"]
-            self.best_loss = state["best_loss"]
-            self.batches.set_state(state["batches"])
-            torch.set_rng_state(state["dropout"])
-            if self.device.type == "cuda":
-                torch.cuda.set_rng_state(state["dropout_cuda"], self.device)
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"{self.run / checkpoint.STATE} is damaged: {error}") from None
+        self.world.first(lambda: state.clean(self.run))
+        tensors = self.tensors()
+        state.load(self.run, tensors, self.world)
+        self.step, self.skipped = tensors["progress"].tolist()
+        self.saved, self.best_loss = self.step, tensors["best_loss"].item()
+        if self.scaler.is_enabled():
+            scale, growth = tensors["scaler"].tolist()
+            kept = {"scale": scale, "_growth_tracker": int(growth)}
+            self.scaler.load_state_dict(self.scaler.state_dict() | kept)
         if self.step >= self.options.steps:
             raise UserError(f"{self.run} has done all its {self.step} steps")
+        self.world.first(self._forget_later_records)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that going on takes: what is trained itself, and copies of the numbers beside it."""
+        tensors = {
+            "progress": torch.tensor([self.step, self.skipped]),
+            "best_loss": torch.tensor(self.best_loss, dtype=torch.float64),
+        }
+        for name, parameter in self.model.named_parameters():
+            tensors[f"model.{name}"] = parameter.detach()
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = value
+            if self.average is not None:
+                tensors[f"average.{name}"] = self.average.weights[name]
+        if self.scaler.is_enabled():
+            kept = self.scaler.state_dict()
+            tensors["scaler"] = torch.tensor(
+                [kept["scale"], kept["_growth_tracker"]], dtype=torch.float64
+            )
+        return tensors
+
+    def _forget_later_records(self) -> None:
         metrics = self.run / checkpoint.METRICS
         kept = [record for record in checkpoint.read_lines(metrics) if record["step"] <= self.step]
         checkpoint.write_whole(metrics, "".join(map(checkpoint.json_line, kept)).encode())
 
 
-def build_optimizer(model: GPT, options: TrainOptions) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2019) that decays the weights of linear layers alone."""
-    linear = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in model.parameters() if p in linear]},
-        {"params": [p for p in model.parameters() if p not in linear], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups,
-        lr=options.learning_rate,
-        betas=(options.beta1, options.beta2),
-        weight_decay=options.weight_decay,
-        fused=True,
-    )
-
-
-def learning_rate(step: int, options: TrainOptions) -> float:
-    """Linear warmup to the peak, then half a cosine down to final_learning_rate."""
-    peak, final, warmup = options.learning_rate, options.final_learning_rate, options.warmup_steps
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, options.steps - warmup)
-    return final + (peak - final) * (1 + math.cos(math.pi * done)) / 2
+def shares(options: TrainOptions, processes: int) -> tuple[int, int]:
+    """Sequences of a step for each process, and at once; UserError where they don't add up."""
+    share, left = divmod(options.batch_size, processes)
+    if left:
+        raise UserError(
+            f"batch_size must be a multiple of the {processes} processes, got {options.batch_size}"
+        )
+    micro = options.micro_batch_size or share
+    if share % micro:
+        raise UserError(
+            f"micro_batch_size must divide the {share} sequences of a process, got {micro}"
+        )
+    return share, micro
 
 
 @contextmanager
-def on_interrupt() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second one raises KeyboardInterrupt as ever."""
+def on_interrupt(repeated: bool = False) -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; the second raises KeyboardInterrupt.
+
+    Not where they come `repeated`: torchrun passes on what the terminal has sent already.
+    """
     stop = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
+        if stop.is_set() and not repeated:
             raise KeyboardInterrupt
         stop.set()
 
-    before = signal.signal(signal.SIGINT, handle)
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

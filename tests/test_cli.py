@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +74,19 @@ def test_train_tells_its_progress_and_leaves_a_run(
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     lines = result.stdout.splitlines()
-    assert re.fullmatch(r"[\d,]+ parameters, \d+ distinct characters", lines[0])
+    assert re.fullmatch(r"[\d,]+ parameters, \d+ distinct tokens", lines[0])
     assert re.fullmatch(r"step 10/40  loss \d\.\d+  [\d,]+ tokens/s  \d+ s left", lines[1])
     assert re.fullmatch(r"step 20/40  validation loss \d\.\d+", lines[3])
     assert lines[-1] == f"done; to write with it: gpt-ext generate {run}"
     names = {path.name for path in run.iterdir()}
-    files = {"config.json", "best.safetensors", "last.safetensors", "resume.pt", "metrics.jsonl"}
-    assert names - {"loss.png"} == files
+    files = {"config.json", "tokenizer.json", "metrics.jsonl", "checkpoints"}
+    assert names - {"curves.png"} == files | {"best.safetensors", "last.safetensors"}
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         assert "pip install 'gpt-ext[plot]'" in result.stdout
     else:
-        assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+        assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((run / "config.json").read_text())
     assert config["model"] == {
         "context_length": 16, "model_dim": 16, "num_blocks": 1, "num_heads": 2,
@@ -165,10 +166,11 @@ def test_generate_with_options_that_cannot_be(
 def test_generate_from_what_is_no_run_or_a_damaged_one(
     trained: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    assert_one_error(gpt_ext("generate", tmp_path / "none"), "is no run: there is no .*config.json")
+    assert_one_error(gpt_ext("generate", tmp_path / "none"), "none does not exist")
+    assert_one_error(gpt_ext("generate", tmp_path), "holds no model: there is no .*config.json")
     damaged = tmp_path / "damaged"
     damaged.mkdir()
-    for name in ("config.json", "best.safetensors"):
+    for name in ("config.json", "tokenizer.json", "best.safetensors"):
         (damaged / name).write_bytes((trained[0] / name).read_bytes())
     os.truncate(damaged / "best.safetensors", 5000)
     assert_one_error(gpt_ext("generate", damaged), "best.safetensors is damaged")
@@ -186,7 +188,7 @@ def test_generate_from_what_is_no_run_or_a_damaged_one(
         (b"", [], "data is empty"),
         (b"\x89PNG\r\n\x1a\n\0\0", [], "data is binary, not text: zero byte at offset 8"),
         (b"caf\xe9", [], "data is not UTF-8 text: byte 0xe9 at offset 3"),
-        (b"too short", [], "the data is too short: 9 characters, .* needs at least 161"),
+        (b"too short", [], "the data is too short: 8 tokens for training, .* needs at least 17"),
         (b"long enough " * 99, ["--num-heads", "3"], "num_heads must divide model_dim"),
         (b"long enough " * 99, ["--steps", "0"], "steps must be above 0, got 0"),
         (b"long enough " * 99, ["--activation", "tanh"], "activation.*Expected.*tanh"),
@@ -206,8 +208,8 @@ def test_train_says_what_it_needs(
     text: Path, trained: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     run, _ = trained
-    assert_one_error(gpt_ext("train"), "needs --data FILE and --out RUN, or --resume RUN")
-    assert_one_error(gpt_ext("train", "--data", tmp_path, "--out", tmp_path), "is a folder")
+    assert_one_error(gpt_ext("train"), "needs --data PATH and --out RUN, or --resume RUN")
+    assert_one_error(gpt_ext("train", "--data", tmp_path, "--out", tmp_path), "is a folder without")
     assert_one_error(
         gpt_ext("train", "--data", text, "--out", run, *SMALL),
         f"{run} exists already; to go on with it: gpt-ext train --resume {run}",
@@ -217,6 +219,48 @@ def test_train_says_what_it_needs(
         gpt_ext("train", "--resume", run, "--steps", "80"), "takes its options from the run"
     )
     assert_one_error(gpt_ext("train", "--resume", tmp_path), "is no run")
+
+
+def test_a_config_file_gives_options_and_the_command_line_goes_before_it(
+    text: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text(f"""
+        data = "{text}"
+        steps = 9
+        context_length = 8
+        model_dim = 16
+        num_heads = 2
+        activation = "gelu"
+        learning_rate = 2e-3
+        qkv_bias = true
+    """)
+    run = tmp_path / "run"
+    result = gpt_ext("train", "--steps=3", "--config", config, "--out", run, "--num-blocks", "1")
+    assert result.returncode == 0, result.stderr
+    saved = json.loads((run / "config.json").read_text())
+    assert saved["model"] == {
+        "context_length": 8, "model_dim": 16, "num_blocks": 1, "num_heads": 2,
+        "dropout": 0.0, "activation": "gelu", "qkv_bias": True,
+    }  # fmt: skip
+    assert saved["train"] == asdict(TrainOptions(steps=3, learning_rate=2e-3))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read .*run.toml: No such file or directory"),
+        ("steps 9", "run.toml is not TOML: .*line 1"),
+        ("step = 9", "run.toml has an option that train does not know: step"),
+        ("steps = 'many'", 'steps": Expected a .*int.*many'),
+        ("steps = [9]", 'steps": Expected a .*int'),
+    ],
+)
+def test_config_files_that_cannot_be(tmp_path: Path, content: str | None, message: str) -> None:
+    config = tmp_path / "run.toml"
+    if content is not None:
+        config.write_text(content)
+    assert_one_error(gpt_ext("train", "--config", config, "--out", tmp_path / "run"), message)
 
 
 def interrupted(*arguments: str | Path) -> tuple[int, list[str]]:
@@ -264,7 +308,8 @@ def test_a_full_disk_is_one_error_and_leaves_nothing_half_written(
     )  # fmt: skip
     assert result.returncode == 2
     assert result.stderr == f"gpt-ext: error: cannot write {run}/best.safetensors: File too large\n"
-    assert sorted(path.name for path in run.iterdir()) == ["config.json", "metrics.jsonl"]
+    names = sorted(path.name for path in run.iterdir())
+    assert names == ["config.json", "metrics.jsonl", "tokenizer.json"]
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
 
 
@@ -296,9 +341,16 @@ def test_doctor_tells_the_build() -> None:
     assert told["simd_level"] == facts["simd_level"]
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"]])
-def test_commands_that_are_none(arguments: Sequence[str]) -> None:
-    assert_one_error(gpt_ext(*arguments), "train.*generate.*demo.*doctor")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected a command, one of prepare, train, generate, .*, doctor"),
+        (["fly"], "expected a command, one of prepare, .*, doctor, got 'fly'"),
+        (["--fly"], "unrecognized arguments: --fly"),
+    ],
+)
+def test_commands_that_are_none(arguments: Sequence[str], message: str) -> None:
+    assert_one_error(gpt_ext(*arguments), message)
 
 
 def test_help_lists_commands_and_options() -> None:

@@ -49,13 +49,18 @@ def test_version_has_one_source() -> None:
 
 def test_import_needs_torch_alone() -> None:
     others = [
+        "huggingface_hub",
         "jsonargparse",
         "matplotlib",
         "numpy",
+        "onnx",
         "pybind11",
         "rich",
         "safetensors",
         "setuptools",
+        "tiktoken",
+        "tokenizers",
+        "transformers",
     ]
     code = f"import sys; sys.modules.update(dict.fromkeys({others})); import torch, gpt_ext\n"
     code += "model = gpt_ext.GPT(5, 4, 8, 1, 2); print(model(torch.zeros(1, 3).long()).shape)"

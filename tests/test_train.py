@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import math
 import os
+import random
 import signal
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import child
 import pytest
 import torch
 from corpus import sentences
-from torch import nn
+from torch import Tensor, nn
 
-from gpt_ext import GPT, checkpoint, train
+from gpt_ext import GPT, checkpoint, optimizer, state, train
 from gpt_ext.errors import UserError
 from gpt_ext.options import ModelOptions, TrainOptions
 
@@ -43,8 +48,9 @@ def text(tmp_path: Path) -> Path:
 def begin(text: Path, tmp_path: Path) -> Callable[..., train.Trainer]:
     """begin("name", option=...) starts a small run in the folder of that name."""
 
-    def begin(name: str, **options: Any) -> train.Trainer:
-        return train.start(text, tmp_path / name, MODEL, TrainOptions(**TRAIN | options))
+    def begin(name: str, dropout: float = 0.1, **options: Any) -> train.Trainer:
+        model = dataclasses.replace(MODEL, dropout=dropout)
+        return train.start(text, tmp_path / name, model, TrainOptions(**TRAIN | options))
 
     return begin
 
@@ -55,16 +61,17 @@ def test_a_run_learns_and_leaves_its_files(begin: Callable[..., train.Trainer]) 
     records = checkpoint.read_lines(trainer.run / "metrics.jsonl")
     evaluated = [r["validation_loss"] for r in records if "validation_loss" in r]
     assert [r["step"] for r in records if "validation_loss" in r] == [50, 100, 150]
-    assert evaluated[-1] < 2.3 < math.log(len(trainer.tokenizer))
+    assert evaluated[-1] < 2.3 < math.log(len(trainer.data.tokenizer))
     logged = [r for r in records if "loss" in r]
     assert [r["step"] for r in logged] == list(range(4, 151, 4))
     assert all(r["tokens_per_second"] > 0 and r["gradient_norm"] > 0 for r in logged)
     assert sorted(path.name for path in trainer.run.iterdir()) == [
-        "best.safetensors", "config.json", "last.safetensors", "metrics.jsonl", "resume.pt",
+        "best.safetensors", "checkpoints", "config.json", "last.safetensors", "metrics.jsonl",
+        "tokenizer.json",
     ]  # fmt: skip
     model, tokenizer = checkpoint.load_run(trainer.run)
     assert model.config == trainer.model.config
-    assert tokenizer.vocabulary == trainer.tokenizer.vocabulary
+    assert tokenizer.to_json() == trainer.data.tokenizer.to_json()
     config = json.loads((trainer.run / "config.json").read_text())
     assert config["train"]["learning_rate"] == 1e-2
 
@@ -91,27 +98,17 @@ def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(
     assert torch.equal(last.token_embedding.weight, weights[2])
 
 
-def final_state(run: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """What must not depend on a stop: the records without their timings, and the state."""
+def records_of(run: Path) -> list[dict[str, Any]]:
+    """The records of a run without their timings: what must not depend on a stop."""
     records = checkpoint.read_lines(run / checkpoint.METRICS)
     for record in records:
         record.pop("tokens_per_second", None)
-    return records, checkpoint.load_state(run)
+    return records
 
 
-def assert_equal_states(one: Any, other: Any) -> None:
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_equal_states(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for a, b in zip(one, other, strict=True):
-            assert_equal_states(a, b)
-    else:
-        assert one == other
+def assert_equal_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
 
 
 def interrupt_after(trainer: train.Trainer, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,13 +124,19 @@ def interrupt_after(trainer: train.Trainer, step: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(trainer, "optimize", pressing)
 
 
-@pytest.mark.parametrize("step", [3, 8, 13])
+ALL = {"ema": 0.9, "micro_batch_size": 2, "recompute": True, "precision": "bfloat16"}
+
+
+@pytest.mark.parametrize(("step", "options"), [(3, {}), (8, {}), (13, {}), (13, ALL)])
 def test_an_interrupted_run_goes_on_as_if_never_stopped(
-    begin: Callable[..., train.Trainer], monkeypatch: pytest.MonkeyPatch, step: int
+    begin: Callable[..., train.Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    options: dict[str, Any],
 ) -> None:
-    whole = begin("whole")
+    whole = begin("whole", **options)
     assert whole.train()
-    stopped = begin("stopped")
+    stopped = begin("stopped", **options)
     interrupt_after(stopped, step, monkeypatch)
     assert not stopped.train()
     assert stopped.step == stopped.saved == step
@@ -141,50 +144,106 @@ def test_an_interrupted_run_goes_on_as_if_never_stopped(
     resumed = train.resume(stopped.run)
     assert resumed.step == step
     assert resumed.train()
-    records, state = final_state(whole.run)
-    resumed_records, resumed_state = final_state(stopped.run)
-    assert resumed_records == records
-    assert_equal_states(resumed_state, state)
+    assert records_of(stopped.run) == records_of(whole.run)
+    assert_equal_tensors(resumed.tensors(), whole.tensors())
+    for name in (checkpoint.BEST, checkpoint.LAST):
+        assert (stopped.run / name).read_bytes() == (whole.run / name).read_bytes()
 
 
-@pytest.mark.parametrize("forgotten", ["optimizer", "batches", "dropout"])
+def forget_tensors(prefix: str) -> Callable[..., None]:
+    """A way to resume that leaves some tensors of the state as a fresh run has them."""
+
+    def forget(resumed: train.Trainer, fresh: train.Trainer) -> None:
+        kept = fresh.tensors()
+        for name, tensor in resumed.tensors().items():
+            if name.startswith(prefix):
+                tensor.copy_(kept[name])
+
+    return forget
+
+
+def forget_position(resumed: train.Trainer, fresh: train.Trainer) -> None:
+    pieces = resumed.pieces
+    resumed.pieces = lambda windows, number: pieces(windows, max(0, number - 13))  # type: ignore
+
+
+def forget_dropout(resumed: train.Trainer, fresh: train.Trainer) -> None:
+    resumed.options = dataclasses.replace(resumed.options, seed=1)
+
+
+def forget_schedule(resumed: train.Trainer, fresh: train.Trainer) -> None:
+    resumed.options = dataclasses.replace(resumed.options, steps=25)
+
+
+@pytest.mark.parametrize(
+    "forget",
+    [
+        *(forget_tensors(prefix) for prefix in ("model.", "optimizer.", "average.")),
+        forget_position,
+        forget_dropout,
+        forget_schedule,
+    ],
+    ids=["model", "optimizer", "average", "position", "dropout", "schedule"],
+)
 def test_each_part_of_the_state_is_needed(
-    begin: Callable[..., train.Trainer], monkeypatch: pytest.MonkeyPatch, forgotten: str
+    begin: Callable[..., train.Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+    forget: Callable[[train.Trainer, train.Trainer], None],
+) -> None:
+    whole = begin("whole", ema=0.9)
+    whole.train()
+    stopped = begin("stopped", ema=0.9)
+    interrupt_after(stopped, 13, monkeypatch)
+    stopped.train()
+    resumed = train.resume(stopped.run)
+    with torch.no_grad():
+        forget(resumed, begin("fresh", ema=0.9))
+    resumed.train()
+    mine, wholes = records_of(stopped.run), records_of(whole.run)
+    assert [r for r in mine if r["step"] <= 13] == [r for r in wholes if r["step"] <= 13]
+    assert [r for r in mine if r["step"] > 13] != [r for r in wholes if r["step"] > 13]
+
+
+def test_a_run_goes_on_with_another_number_of_threads(
+    begin: Callable[..., train.Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = begin("whole")
     whole.train()
     stopped = begin("stopped")
     interrupt_after(stopped, 13, monkeypatch)
     stopped.train()
-    fresh = begin("fresh")
-    fresh.save()
-    state = checkpoint.load_state(stopped.run)
-    state[forgotten] = checkpoint.load_state(fresh.run)[forgotten]
-    checkpoint.save_state(stopped.run, state)
-    train.resume(stopped.run).train()
-    assert final_state(whole.run)[0] != final_state(stopped.run)[0]
-
-
-def test_a_killed_run_goes_on_from_its_last_checkpoint(
-    begin: Callable[..., train.Trainer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = begin("whole")
-    whole.train()
-    killed = begin("killed")
-    optimize = killed.optimize
-
-    def dying() -> dict[str, float]:
-        if killed.step == 14:
-            raise KeyboardInterrupt
-        return optimize()
-
-    monkeypatch.setattr(killed, "optimize", dying)
-    with pytest.raises(KeyboardInterrupt):
-        killed.train()
-    resumed = train.resume(killed.run)
-    assert resumed.step == 8
+    torch.set_num_threads(3)
+    resumed = train.resume(stopped.run)
     resumed.train()
-    assert final_state(killed.run)[0] == final_state(whole.run)[0]
+    assert_equal_tensors(resumed.tensors(), whole.tensors())
+
+
+def test_killed_at_any_moment_a_run_loses_no_checkpoint_and_ends_as_if_never_stopped(
+    begin: Callable[..., train.Trainer], text: Path, tmp_path: Path
+) -> None:
+    run, draw = tmp_path / "killed", random.Random(0)
+    options = {"steps": 60, "eval_every": 1, "eval_batches": 1, "keep_last": 2}
+    words = [f"--{k.replace('_', '-')}={v}" for k, v in (asdict(MODEL) | TRAIN | options).items()]
+    command = ["train", "--data", str(text), "--out", str(run), *words]
+    for _ in range(8):
+        before = state.steps(run)[-1:]
+        process = child.start([word.replace("=True", "=true") for word in command])
+        while state.steps(run)[-1:] <= before:
+            assert process.is_alive()
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.1))  # a step and its checkpoint take about as long
+        process.kill()
+        process.join()
+        assert len(state.steps(run)) in (1, 2, 3)  # the third, if killed before the first went
+        command = ["train", "--resume", str(run)]
+    assert child.run(command).returncode == 0
+    whole = begin("whole", **options)
+    whole.train()
+    assert records_of(run) == records_of(whole.run)
+    for name in (checkpoint.BEST, checkpoint.LAST):
+        assert (run / name).read_bytes() == (whole.run / name).read_bytes()
+    assert state.steps(run) == [59, 60]
+    assert [path for path in run.rglob(".*.tmp")] == []
 
 
 def test_a_second_interrupt_stops_at_once_and_the_handler_is_given_back() -> None:
@@ -212,10 +271,10 @@ def test_what_cannot_be_resumed_is_told(begin: Callable[..., train.Trainer], tex
 def test_the_state_of_another_model_is_told(begin: Callable[..., train.Trainer]) -> None:
     trainer = begin("run")
     trainer.save()
-    state = checkpoint.load_state(trainer.run)
-    state["model"] = GPT(9, 16, 16, 2, 2).state_dict()
-    checkpoint.save_state(trainer.run, state)
-    with pytest.raises(UserError, match=r"resume\.pt is damaged: .*vocab_size=9"):
+    config = json.loads((trainer.run / checkpoint.CONFIG).read_text())
+    config["model"]["model_dim"] = 32
+    (trainer.run / checkpoint.CONFIG).write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"00000000 is damaged: .*Size mismatch"):
         train.resume(trainer.run)
 
 
@@ -303,8 +362,8 @@ def test_a_full_disk_keeps_the_checkpoint_before(
 
 def test_linear_weights_decay_and_nothing_else() -> None:
     model = GPT(7, 8, 16, 1, 2, qkv_bias=True)
-    optimizer = train.build_optimizer(model, TrainOptions(weight_decay=0.5))
-    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    adamw = optimizer.build_optimizer(model, TrainOptions(weight_decay=0.5))
+    decay = {id(p): g["weight_decay"] for g in adamw.param_groups for p in g["params"]}
     assert len(decay) == len(list(model.parameters()))
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     for name, parameter in model.named_parameters():
@@ -313,13 +372,109 @@ def test_linear_weights_decay_and_nothing_else() -> None:
 
 def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine() -> None:
     options = TrainOptions(steps=110, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.2)
-    rates = [train.learning_rate(step, options) for step in range(111)]
+    rates = [optimizer.learning_rate(step, options) for step in range(111)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == pytest.approx(1.0)
     assert rates[60] == pytest.approx(0.6)
     assert rates[110] == pytest.approx(0.2)
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert train.learning_rate(0, TrainOptions(warmup_steps=0)) == TrainOptions().learning_rate
+    assert optimizer.learning_rate(0, TrainOptions(warmup_steps=0)) == TrainOptions().learning_rate
+
+
+def test_micro_batches_add_up_to_the_same_step(begin: Callable[..., train.Trainer]) -> None:
+    steps = []
+    for name, options in (
+        ("whole", {}),
+        ("parts", {"micro_batch_size": 1}),
+        ("again", {"recompute": True}),
+    ):
+        trainer = begin(name, dropout=0.0, **options)
+        losses = [trainer.optimize()["loss"] for _ in range(3)]
+        steps.append((losses, torch.cat([p.flatten() for p in trainer.model.parameters()])))
+    (losses, weights), parts, again = steps
+    assert parts[0] == pytest.approx(losses, rel=1e-6)
+    assert (parts[1] - weights).norm() < 1e-5 * weights.norm()
+    assert again[0] == losses
+    assert torch.equal(again[1], weights)
+
+
+def test_bfloat16_learns_as_float32_does(begin: Callable[..., train.Trainer]) -> None:
+    losses, dtypes = [], set()
+    for precision in ("float32", "bfloat16"):
+        trainer = begin(precision, precision=precision, steps=60, eval_every=60, learning_rate=1e-2)
+        trainer.train()
+        losses.append(trainer.evaluate())
+        dtypes |= {p.dtype for p in trainer.model.parameters()}
+    assert dtypes == {torch.float32}
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_float16_is_refused_on_a_cpu(begin: Callable[..., train.Trainer], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="precision float16 has no kernels for CPUs: take bfloat16"):
+        begin("run", precision="float16")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU scales losses as float16 has them scaled on CUDA, and computes in float32."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(
+        torch.amp, "GradScaler",
+        lambda device, enabled: scaler(device, init_scale=2.0**10, growth_interval=3),
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("scaled")
+def test_a_scaled_run_learns_the_same_skips_what_overflows_and_goes_on_exactly(
+    begin: Callable[..., train.Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = begin("whole")
+    loss = train.Trainer.loss
+
+    def overflowing(self: train.Trainer, *batch: Tensor) -> Tensor:
+        return loss(self, *batch) * (math.inf if self.model.training and self.step == 5 else 1)
+
+    monkeypatch.setattr(train.Trainer, "loss", overflowing)
+    whole.train()
+    assert [r["step"] for r in records_of(whole.run) if r.get("loss", 0) is None] == [6]
+    # doubled after 3 good steps, halved by the bad one, doubled by every third of 18 good ones
+    assert whole.scaler.get_scale() == 2.0**10 * 2 / 2 * 2**6
+    stopped = begin("stopped")
+    interrupt_after(stopped, 13, monkeypatch)
+    stopped.train()
+    resumed = train.resume(stopped.run)
+    assert resumed.scaler.get_scale() == stopped.scaler.get_scale() != 2.0**10
+    resumed.train()
+    assert records_of(resumed.run) == records_of(whole.run)
+    assert_equal_tensors(resumed.tensors(), whole.tensors())
+
+
+def test_the_average_of_the_weights_is_what_is_evaluated_and_kept(
+    begin: Callable[..., train.Trainer],
+) -> None:
+    trainer = begin("run", ema=0.99)
+    expected = {k: v.detach().double().clone() for k, v in trainer.model.named_parameters()}
+    optimize = trainer.optimize
+
+    def averaging() -> dict[str, float]:
+        record = optimize()
+        decay = min(0.99, (1 + trainer.step) / (10 + trainer.step))
+        for name, parameter in trainer.model.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * parameter.detach().double()
+        return record
+
+    trainer.optimize = averaging  # type: ignore[method-assign]
+    trainer.train()
+    kept, _ = checkpoint.load_run(trainer.run)
+    for name, parameter in kept.named_parameters():
+        torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-5, atol=1e-6)
+        assert not torch.equal(parameter, trainer.model.get_parameter(name))
+    plain = begin("plain")
+    plain.train()
+    assert_equal_tensors(dict(plain.model.state_dict()), dict(trainer.model.state_dict()))
+    assert plain.evaluate() != trainer.evaluate()
 
 
 def test_gradients_are_clipped(begin: Callable[..., train.Trainer]) -> None:

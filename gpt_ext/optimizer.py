@@ -1,0 +1,81 @@
+"""AdamW, its learning rate by step, and the moving average of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpt_ext.model import GPT
+from gpt_ext.options import TrainOptions
+
+
+def build_optimizer(model: GPT, options: TrainOptions) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, 2019) that decays the weights of linear layers alone.
+
+    Its moments are there from the start, as zeros, for a checkpoint to be read into.
+    """
+    linear = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in model.parameters() if p in linear]},
+        {"params": [p for p in model.parameters() if p not in linear], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=options.learning_rate,
+        betas=(options.beta1, options.beta2),
+        weight_decay=options.weight_decay,
+        fused=True,
+    )
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+        }
+    return optimizer
+
+
+def learning_rate(step: int, options: TrainOptions) -> float:
+    """Linear warmup to the peak, then half a cosine down to final_learning_rate."""
+    peak, final, warmup = options.learning_rate, options.final_learning_rate, options.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, options.steps - warmup)
+    return final + (peak - final) * (1 + math.cos(math.pi * done)) / 2
+
+
+class Average:
+    """An exponential moving average of a model's weights (Polyak and Juditsky, 1992)."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay = model, decay
+        self.weights: dict[str, Tensor] = {
+            name: parameter.detach().clone() for name, parameter in model.named_parameters()
+        }
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes in the weights after step number `step`; early ones have more to say."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, parameter in self.model.named_parameters():
+            self.weights[name].mul_(decay).add_(parameter, alpha=1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model has the average for its weights meanwhile."""
+        own = {name: parameter.clone() for name, parameter in self.model.named_parameters()}
+        self._copy(self.weights)
+        try:
+            yield
+        finally:
+            self._copy(own)
+
+    @torch.no_grad()
+    def _copy(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(weights[name])
