@@ -22,14 +22,12 @@ struct HeadCache {
   // x: dims [d, d + count) of the key at `position`.
   void put_key(int64_t position, int64_t d, int64_t count, const float* x) const {
     const int64_t steps = (dim + kDepth - 1) / kDepth;
-    Storage* panel = keys + (position / kPanel * steps * kPanel + position % kPanel) * kDepth;
-    for (int64_t i = 0; i < count; ++i)
-      put(panel + (d + i) / kDepth * kPanel * kDepth + (d + i) % kDepth, x[i]);
+    put(keys + (position / kPanel * steps * kPanel + position % kPanel) * kDepth, kDepth,
+        kPanel * kDepth, d, count, x);
   }
   void put_value(int64_t position, int64_t d, int64_t count, const float* x) const {
-    Storage* step = values + position / kDepth * kPanel * kDepth + position % kDepth;
-    for (int64_t i = 0; i < count; ++i)
-      put(step + (d + i) / kPanel * kPanel * positions + (d + i) % kPanel * kDepth, x[i]);
+    put(values + position / kDepth * kPanel * kDepth + position % kDepth, kPanel,
+        kPanel * positions, d, count, x, kDepth);
   }
   PackedMatrix key_matrix() const { return matrix(keys, dim, dim, positions / kPanel); }
   // Of the first n positions.
@@ -38,8 +36,19 @@ struct HeadCache {
   }
 
  private:
-  static void put(float* p, float x) { *p = x; }
-  static void put(bf16* p, float x) { *p = to_bf16(x); }
+  // Element i of x to out[(d + i) / run * stride + (d + i) % run * step].
+  static void put(Storage* out, int64_t run, int64_t stride, int64_t d, int64_t count,
+                  const float* x, int64_t step = 1) {
+    int64_t outer = d / run * stride, inner = d % run;
+    for_columns<float>(count, [&](int64_t i, auto part) {
+      Storage elements[kLanes<float>];
+      store(elements, load(x + i, part));
+      for (int64_t j = 0; j < std::min<int64_t>(kLanes<float>, count - i); ++j) {
+        out[outer + inner * step] = elements[j];
+        if (++inner == run) inner = 0, outer += stride;
+      }
+    });
+  }
   static PackedMatrix matrix(const Storage* data, int64_t depth, int64_t whole_depth,
                              int64_t panels) {
     return {reinterpret_cast<const std::byte*>(data),

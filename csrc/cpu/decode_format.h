@@ -47,9 +47,9 @@ struct Format<WeightFormat::kBFloat16> {
     return Bf16Pairs::multiply_add(a, w, sum);
   }
   static float prepare(const float* x, int64_t depth, Operand* out) {
-    for (int64_t k = 0; k < depth; k += 2)
-      out[k / 2] = to_bf16(x[k]).bits | uint32_t{to_bf16(k + 1 < depth ? x[k + 1] : 0.0f).bits}
-                                            << 16;
+    auto* halves = reinterpret_cast<bf16*>(out);
+    for_columns<float>(depth, [&](int64_t k, auto part) { store(halves + k, load(x + k, part)); });
+    halves[depth] = bf16{};  // the second half of the last step, if odd
     return 1;
   }
 #else
