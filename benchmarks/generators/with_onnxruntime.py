@@ -155,7 +155,9 @@ class Graph:
         bias = self.weight("vocabulary.b", model.vocab_projection.bias)
         logits = self.node("Add", [logits, bias], ["logits"])
         self.node("ArgMax", [logits], ["next"], axis=-1, keepdims=1)
-        past = [2, "B", config.num_heads, None, config.model_dim // config.num_heads]
+        past: list[str | int | None] = [
+            2, "B", config.num_heads, None, config.model_dim // config.num_heads,
+        ]  # fmt: skip
         info, integer, real = helper.make_tensor_value_info, TensorProto.INT64, TensorProto.FLOAT
         blocks = range(config.num_blocks)
         graph = helper.make_graph(

@@ -1,9 +1,10 @@
 // Rows of tokens through a decoder's blocks, at one SIMD level. Included once a level by
 // decode_rows.cpp.
 //
-// Each product is cut by its outputs, so that every sum is one rank's and its order is fixed; each
-// rank norms the rows for itself. A block has five barriers: after q, k and v; after attention, cut
-// by rows and heads; after the projection; after the hidden layer; and after its second product.
+// Each product is cut by its outputs, so that every sum is one rank's and its order is fixed. A
+// block has five barriers: after q, k and v; after attention, cut by rows and heads; after the
+// projection; after the hidden layer; and after its second product. A few rows are made operands by
+// each rank for itself; many are shared out, with a barrier before the product.
 
 namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 

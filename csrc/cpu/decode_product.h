@@ -190,8 +190,8 @@ void product_typed(const Operands& rows, int64_t count, const PackedMatrix& m, R
       if (m.ahead != 0)
         ahead = reinterpret_cast<const std::byte*>(panel) + m.ahead;
       else if (block > kTileRows && i * kAsked < kPanels * kTileRows && p + kPanels < panels.end)
-        ahead = reinterpret_cast<const std::byte*>(panel +
-                                                   (kPanels + i / kTileRows * kAsked) * stride);
+        ahead =
+            reinterpret_cast<const std::byte*>(panel + (kPanels + i / kTileRows * kAsked) * stride);
       tile<F, kRows, kPanels>(a, row_scale,
                               {panel, stride, steps, {m.scale + p * kPanel, m.sum + p * kPanel}},
                               ahead, sums);
