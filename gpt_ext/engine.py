@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -182,24 +183,30 @@ class Session:
 
     def _prefill(self) -> Tensor:
         """The rows (3, R) to go on from, once there are few enough of them for one call."""
-        early, final = [], []
+        token, sequence, position = array("q"), array("q"), array("q")
         for b in self.going:
             text, first = self.texts[b], self.cached[b]
-            early += [(text[i], b, i) for i in range(first, len(text) - 1)]
-            final.append((text[-1], b, len(text) - 1))
+            token.extend(text[first:-1])
+            sequence.extend([b] * (len(text) - 1 - first))
+            position.extend(range(first, len(text) - 1))
+        finals = len(self.going)
+        token.extend(self.texts[b][-1] for b in self.going)
+        sequence.extend(self.going)
+        position.extend(len(self.texts[b]) - 1 for b in self.going)
+        rows = torch.frombuffer(token + sequence + position, dtype=torch.int64).view(3, -1)
         flops = 24 * self.engine.config.model_dim**2  # of a row in a block
         blocks = self.engine.config.num_blocks
-        if len(early + final) * flops * blocks <= CALL_FLOPS:
-            return torch.tensor(early + final).T.contiguous()
-        pieces = torch.tensor(early).T.split(max(16, int(CALL_FLOPS / flops)), dim=1)
-        for piece in pieces if early else ():
-            rows = piece.contiguous()
-            x = torch.empty(rows.shape[1], decode.aligned(self.engine.config.model_dim))
-            run = max(1, int(CALL_FLOPS / (rows.shape[1] * flops)))
+        if rows.shape[1] * flops * blocks <= CALL_FLOPS:
+            return rows
+        early, final = rows.split([rows.shape[1] - finals, finals], dim=1)
+        for part in early.split(max(16, int(CALL_FLOPS / flops)), dim=1):
+            piece = part.contiguous()
+            x = torch.empty(piece.shape[1], decode.aligned(self.engine.config.model_dim))
+            run = max(1, int(CALL_FLOPS / (max(1, piece.shape[1]) * flops)))
             for block in range(0, blocks, run):
                 end = min(block + run, blocks)
-                decode.forward(x, self.engine.packed, self.cache, rows, block, end)
-        return torch.tensor(final).T.contiguous()
+                decode.forward(x, self.engine.packed, self.cache, piece, block, end)
+        return final.contiguous()
 
     def give_back(self, used: int) -> None:
         """Takes back what the last call drew beyond its first `used` tokens.

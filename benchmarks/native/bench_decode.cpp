@@ -51,7 +51,7 @@ class Problem {
     const float* v = vectors.data();
     const std::vector<DecodeBlockWeights> blocks(
         s.blocks, {v, v, qkv.data(), v, projection.data(), v, v, v, up.data(), v, down.data(), v});
-    pack_ = zeros(decode_pack_bytes(Cpu{}, model_));
+    pack_ = allocate(decode_pack_bytes(Cpu{}, model_));
     decode_pack(Cpu{}, {pack_.get(),
                         model_,
                         {tokens.data(), positions.data(), blocks.data(), v, v, tokens.data(), v}});
@@ -113,10 +113,15 @@ class Problem {
     for (float& value : values) value = uniform(generator);
     return values;
   }
-  static std::shared_ptr<void> zeros(int64_t bytes) {
+  static std::shared_ptr<void> allocate(int64_t bytes) {
     void* memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
     check(memory, "out of memory");
-    return {std::memset(memory, 0, bytes), std::free};
+    return {memory, std::free};
+  }
+  static std::shared_ptr<void> zeros(int64_t bytes) {
+    const std::shared_ptr<void> memory = allocate(bytes);
+    std::memset(memory.get(), 0, bytes);
+    return memory;
   }
 
   DecodeModel model_;

@@ -1,9 +1,16 @@
 // How each weight format meets a row, at one SIMD level. Included once a level by decode_rows.cpp.
 //
 // A step of k takes kDepth elements. A row is prepared as operands, kParts a step; weights<part>
-// reads the weights of a vector of outputs that meet one of them; finish makes float32 of a sum.
+// reads the weights of a vector of outputs that meet one of them; sums are kept apart for parts
+// that are worth different amounts, where kSums is 2; finish makes float32 of them.
 
 namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
+
+// Of the outputs of int8 weights: see PackedMatrix.
+struct OutputScales {
+  const float* scale;
+  const int32_t* sum;
+};
 
 template <WeightFormat>
 struct Format;
@@ -15,6 +22,7 @@ struct Format<WeightFormat::kFloat32> {
   using Sum = float;
   static constexpr int kDepth = 1;  // elements of k a step
   static constexpr int kParts = 1;  // operands a step
+  static constexpr int kSums = 1;   // a vector of outputs
   template <int part>
   GPT_EXT_INLINE static Vec<float> weights(const Stored* p) {
     return load(p);
@@ -22,7 +30,9 @@ struct Format<WeightFormat::kFloat32> {
   GPT_EXT_INLINE static Vec<float> multiply_add(Vec<float> a, Vec<float> w, Vec<float> sum) {
     return a * w + sum;
   }
-  GPT_EXT_INLINE static Vec<float> finish(Vec<float> sum, float, const float*) { return sum; }
+  GPT_EXT_INLINE static Vec<float> finish(const Vec<float>* sum, float, OutputScales) {
+    return *sum;
+  }
   static float prepare(const float* x, int64_t depth, Operand* out) {
     std::memcpy(out, x, depth * sizeof *x);
     return 1;
@@ -34,6 +44,7 @@ struct Format<WeightFormat::kBFloat16> {
   using Stored = bf16;
   using Sum = float;
   static constexpr int kDepth = 2;
+  static constexpr int kSums = 1;
 #if GPT_EXT_BF16_DOT
   using Operand = uint32_t;  // a pair of bf16
   static constexpr int kParts = 1;
@@ -47,9 +58,12 @@ struct Format<WeightFormat::kBFloat16> {
     return Bf16Pairs::multiply_add(a, w, sum);
   }
   static float prepare(const float* x, int64_t depth, Operand* out) {
-    for (int64_t k = 0; k < depth; k += 2)
-      out[k / 2] = to_bf16(x[k]).bits | uint32_t{to_bf16(k + 1 < depth ? x[k + 1] : 0.0f).bits}
-                                            << 16;
+    auto* halves = reinterpret_cast<bf16*>(out);
+    for_columns<float>(depth, [&](int64_t k, auto part) {
+      const auto rounded = _mm512_cvtneps_pbh((__m512)load(x + k, part));
+      std::memcpy(halves + k, &rounded, sizeof rounded);
+    });
+    halves[depth] = bf16{};  // the second half of the last step, if odd
     return 1;
   }
 #else
@@ -70,30 +84,65 @@ struct Format<WeightFormat::kBFloat16> {
     return 1;
   }
 #endif
-  GPT_EXT_INLINE static Vec<float> finish(Vec<float> sum, float, const float*) { return sum; }
+  GPT_EXT_INLINE static Vec<float> finish(const Vec<float>* sum, float, OutputScales) {
+    return *sum;
+  }
 };
 
-// int8 weights meet int16 activations, two products a 32-bit sum and step: exact, at half the
-// instructions that widening to float32 takes.
+// int8 weights meet int16 activations, and the products are summed exactly in 32 bits. The weights
+// of a step, 0 2 1 3 in each word, are pairs of neighbours in the even bytes and in the odd ones.
 template <>
 struct Format<WeightFormat::kInt8> {
   using Stored = int8_t;
-  using Operand = int32_t;  // a pair of int16
   using Sum = int32_t;
-  static constexpr int kDepth = 2;
-  static constexpr int kParts = 1;
+  static constexpr int kDepth = 4;
+  static constexpr int kParts = 2;
+  using Words = typename VectorOf<int16_t, kVectorBytes<float>>::type;
+
+  GPT_EXT_INLINE static Vec<int32_t> load_weights(const Stored* p) {
+    Vec<int32_t> bytes;
+    std::memcpy(&bytes, p, sizeof bytes);
+    return bytes;
+  }
+#if GPT_EXT_INT8_DOT
+  // x + 2^15 as two bytes without sign: x w is 256 high w + low w - 2^15 w. All wraps modulo 2^32,
+  // and what comes out does fit.
+  using Operand = int32_t;  // the high bytes of four elements, then their low bytes
+  static constexpr int kSums = 2;
+  template <int part>
+  GPT_EXT_INLINE static Vec<int32_t> weights(const Stored* p) {
+    return load_weights(p);
+  }
+  GPT_EXT_INLINE static Vec<int32_t> multiply_add(Vec<int32_t> a, Vec<int32_t> w,
+                                                  Vec<int32_t> sum) {
+    return (Vec<int32_t>)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)w);
+  }
+  GPT_EXT_INLINE static Vec<int32_t> total(const Vec<int32_t>* sum, const int32_t* weight_sum) {
+    Vec<int32_t> weights;
+    std::memcpy(&weights, weight_sum, sizeof weights);
+    return (Vec<int32_t>)(((Vec<uint32_t>)sum[0] << 8) + (Vec<uint32_t>)sum[1] -
+                          ((Vec<uint32_t>)weights << 15));
+  }
+  // x: integers, element k and those after it.
+  GPT_EXT_INLINE static void put(Operand* out, int64_t k, Vec<float> x) {
+    const Vec<float> ordered =
+        __builtin_shufflevector(x, x, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+    const Vec<int32_t> words = __builtin_convertvector(ordered, Vec<int32_t>) + (1 << 15);
+    const auto bytes = [](Vec<int32_t> x) {
+      return (VectorOf<int32_t, 16>::type) __builtin_convertvector(x, VectorOf<uint8_t, 16>::type);
+    };
+    const auto high = bytes(words >> 8), low = bytes(words & 255);
+    const VectorOf<int32_t, 32>::type both =
+        __builtin_shufflevector(high, low, 0, 4, 1, 5, 2, 6, 3, 7);
+    std::memcpy(out + k / 2, &both, sizeof both);
+  }
+#else
+  using Operand = int32_t;  // a pair of int16
+  static constexpr int kSums = 1;
   template <int part>
   GPT_EXT_INLINE static Vec<int32_t> weights(const Stored* p) {  // pairs of int16
-    typename VectorOf<int8_t, 2 * kLanes<float>>::type bytes;
-    std::memcpy(&bytes, p, sizeof bytes);
-#if defined(__x86_64__) && GPT_EXT_VECTOR_BYTES == 32  // GCC 12 converts by halves
-    return (Vec<int32_t>)_mm256_cvtepi8_epi16((__m128i)bytes);
-#elif defined(__x86_64__) && GPT_EXT_VECTOR_BYTES == 64
-    return (Vec<int32_t>)_mm512_cvtepi8_epi16((__m256i)bytes);
-#else
-    return (Vec<int32_t>)__builtin_convertvector(
-        bytes, typename VectorOf<int16_t, 4 * kLanes<float>>::type);
-#endif
+    const Words words = (Words)load_weights(p);
+    return (Vec<int32_t>)(part == 0 ? words << 8 >> 8 : words >> 8);
   }
   GPT_EXT_INLINE static Vec<int32_t> multiply_add(Vec<int32_t> a, Vec<int32_t> w,
                                                   Vec<int32_t> sum) {
@@ -105,10 +154,21 @@ struct Format<WeightFormat::kInt8> {
     return sum + (a << 16 >> 16) * (w << 16 >> 16) + (a >> 16) * (w >> 16);
 #endif
   }
-  GPT_EXT_INLINE static Vec<float> finish(Vec<int32_t> sum, float row_scale, const float* scale) {
-    return __builtin_convertvector(sum, Vec<float>) * (load(scale) * row_scale);
+  GPT_EXT_INLINE static Vec<int32_t> total(const Vec<int32_t>* sum, const int32_t*) { return *sum; }
+  GPT_EXT_INLINE static void put(Operand* out, int64_t k, Vec<float> x) {
+    const auto words =
+        __builtin_convertvector(__builtin_convertvector(x, Vec<int32_t>),
+                                typename VectorOf<int16_t, kVectorBytes<float> / 2>::type);
+    std::memcpy(reinterpret_cast<int16_t*>(out) + k, &words, sizeof words);
   }
-  // Rounds x to integers whose sum over k cannot overflow; returns what one of them is worth.
+#endif
+  GPT_EXT_INLINE static Vec<float> finish(const Vec<int32_t>* sum, float row_scale,
+                                          OutputScales outputs) {
+    return __builtin_convertvector(total(sum, outputs.sum), Vec<float>) *
+           (load(outputs.scale) * row_scale);
+  }
+  // Rounds x to integers whose sum over k cannot overflow; returns what one of them is worth. What
+  // lies beyond x meets weights of 0.
   static float prepare(const float* x, int64_t depth, Operand* out) {
     Vec<float> largest{}, none{};  // 0 x is 0 for what is finite, else NaN, which maxima lose
     for_columns<float>(depth, [&](int64_t k, auto part) {
@@ -121,13 +181,8 @@ struct Format<WeightFormat::kInt8> {
     const float inverse = most > 0 ? limit / most : 0;
     for_columns<float>(depth, [&](int64_t k, auto part) {
       constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-      const Vec<float> rounded = load(x + k, part) * inverse + kRound - kRound;
-      const auto words =
-          __builtin_convertvector(__builtin_convertvector(rounded, Vec<int32_t>),
-                                  typename VectorOf<int16_t, kVectorBytes<float> / 2>::type);
-      std::memcpy(reinterpret_cast<int16_t*>(out) + k, &words, sizeof words);
+      put(out, k, load(x + k, part) * inverse + kRound - kRound);
     });
-    reinterpret_cast<int16_t*>(out)[depth] = 0;  // the second half of the last step, if odd
     return most / limit;
   }
 };

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "common/error.h"
+#include "common/huge_pages.h"
 #include "cpu/buffer.h"
 #include "cpu/parallel.h"
 
@@ -18,7 +19,7 @@ struct Header {
   char magic[8];
   DecodeModel model;
 };
-constexpr char kMagic[8] = {'g', 'p', 't', 'p', 'a', 'c', 'k', '1'};
+constexpr char kMagic[8] = {'g', 'p', 't', 'p', 'a', 'c', 'k', '2'};
 
 // Elements of k side by side in a panel, and bytes each.
 struct Element {
@@ -31,19 +32,20 @@ Element element_of(WeightFormat format) {
     case WeightFormat::kBFloat16:
       return {2, 2};
     case WeightFormat::kInt8:
-      return {2, 1};
+      return {4, 1};
   }
   throw Error("unknown weight format");
 }
 
 PackedMatrix take_matrix(Carver& carver, WeightFormat format, int64_t outputs, int64_t depth) {
   const Element element = element_of(format);
-  const int64_t count = decode_align(outputs) / kPanel;
+  const int64_t count = (outputs + kGroup * kPanel - 1) / (kGroup * kPanel) * kGroup;
   const int64_t steps = (depth + element.depth - 1) / element.depth;
   const int64_t panel_bytes = steps * element.depth * kPanel * element.bytes;
   PackedMatrix m;
   m.panels = carver.take<std::byte>(count * panel_bytes);
   m.scale = carver.take<float>(format == WeightFormat::kInt8 ? count * kPanel : 0);
+  m.sum = carver.take<int32_t>(format == WeightFormat::kInt8 ? count * kPanel : 0);
   m.bias = carver.take<float>(count * kPanel);
   m.depth = depth, m.panel_count = count, m.panel_bytes = panel_bytes;
   return m;
@@ -71,8 +73,9 @@ T* writable(const T* p) {
   return const_cast<T*>(p);
 }
 
-void copy_padded(const float* source, int64_t rows, int64_t columns, const float* out) {
-  const int64_t padded = decode_align(columns);
+// source (rows, columns) to rows of `padded` elements.
+void copy_padded(const float* source, int64_t rows, int64_t columns, int64_t padded,
+                 const float* out) {
   for (int64_t i = 0; i < rows; ++i) {
     float* row = writable(out) + i * padded;
     std::copy_n(source + i * columns, columns, row);
@@ -80,23 +83,29 @@ void copy_padded(const float* source, int64_t rows, int64_t columns, const float
   }
 }
 
+// Where element e of a step lies in it.
+template <int64_t kDepth>
+constexpr int64_t place(int64_t e) {
+  return kDepth == 4 ? e / 2 + e % 2 * 2 : e;
+}
+
 // The 16 outputs from `first` on of w (outputs, depth); value(c, x) is how x of output c is stored.
 template <class T, int64_t kDepth, class Value>
 void pack_panel(T* out, const float* w, int64_t depth, int64_t outputs, int64_t first,
                 const Value& value) {
-  const int64_t columns = std::min(kPanel, outputs - first);
+  const int64_t columns = std::clamp<int64_t>(outputs - first, 0, kPanel);
   const int64_t steps = (depth + kDepth - 1) / kDepth;
   std::memset(static_cast<void*>(out), 0, steps * kDepth * kPanel * sizeof(T));
   for (int64_t c = 0; c < columns; ++c) {
     const float* row = w + (first + c) * depth;
     for (int64_t k = 0; k < depth; ++k)
-      out[(k / kDepth * kPanel + c) * kDepth + k % kDepth] = value(c, row[k]);
+      out[(k / kDepth * kPanel + c) * kDepth + place<kDepth>(k % kDepth)] = value(c, row[k]);
   }
 }
 
 void pack_matrix(WeightFormat format, const PackedMatrix& m, const float* w, const float* bias,
                  int64_t outputs) {
-  copy_padded(bias, 1, outputs, m.bias);
+  copy_padded(bias, 1, outputs, m.panel_count * kPanel, m.bias);
   parallel_for(m.panel_count, 0, [&](int64_t p, std::byte*) {
     const int64_t first = p * kPanel;
     std::byte* panel = writable(m.panels) + p * m.panel_bytes;
@@ -108,6 +117,7 @@ void pack_matrix(WeightFormat format, const PackedMatrix& m, const float* w, con
                           [](int64_t, float x) { return to_bf16(x); });
     } else {
       float* scale = writable(m.scale) + first;
+      int32_t* sum = writable(m.sum) + first;
       float inverse[kPanel];
       for (int64_t c = 0; c < kPanel; ++c) {
         float largest = 0, none = 0;  // 0 w is 0 for what is finite, else NaN, which maxima lose
@@ -118,17 +128,21 @@ void pack_matrix(WeightFormat format, const PackedMatrix& m, const float* w, con
         }
         scale[c] = largest / 127 + none;
         inverse[c] = largest > 0 ? 127 / largest : 0;
+        sum[c] = 0;
       }
-      pack_panel<int8_t, 2>(
-          reinterpret_cast<int8_t*>(panel), w, m.depth, outputs, first,
-          [&](int64_t c, float x) { return static_cast<int8_t>(std::lrint(x * inverse[c])); });
+      pack_panel<int8_t, 4>(reinterpret_cast<int8_t*>(panel), w, m.depth, outputs, first,
+                            [&](int64_t c, float x) {
+                              const auto rounded = static_cast<int8_t>(std::lrint(x * inverse[c]));
+                              sum[c] += rounded;
+                              return rounded;
+                            });
     }
   });
 }
 
 void pack_norm(const PackedNorm& norm, const float* weight, const float* bias, int64_t dim) {
-  copy_padded(weight, 1, dim, norm.weight);
-  copy_padded(bias, 1, dim, norm.bias);
+  copy_padded(weight, 1, dim, decode_align(dim), norm.weight);
+  copy_padded(bias, 1, dim, decode_align(dim), norm.bias);
 }
 
 }  // namespace
@@ -165,13 +179,15 @@ void decode_pack(Cpu, const DecodePack& p) {
   using namespace cpu;
   const DecodeModel& m = p.model;
   const DecodeWeights& w = p.weights;
+  prefer_huge_pages(p.pack, static_cast<size_t>(decode_pack_bytes(Cpu{}, m)));
   Header header{{}, m};
   std::copy(std::begin(kMagic), std::end(kMagic), header.magic);
   std::memcpy(p.pack, &header, sizeof header);
 
   const PackedModel packed(p.pack);
-  copy_padded(w.token_embedding, m.vocab, m.dim, packed.token_embedding);
-  copy_padded(w.position_embedding, m.context, m.dim, packed.position_embedding);
+  const int64_t row = decode_align(m.dim);
+  copy_padded(w.token_embedding, m.vocab, m.dim, row, packed.token_embedding);
+  copy_padded(w.position_embedding, m.context, m.dim, row, packed.position_embedding);
   pack_norm(packed.norm, w.norm_weight, w.norm_bias, m.dim);
   pack_matrix(m.format, packed.vocab, w.vocab_weight, w.vocab_bias, m.vocab);
   for (int64_t i = 0; i < m.blocks; ++i) {

@@ -1,9 +1,9 @@
 // Where everything lies in a pack of a decoder's weights, and the views that kernels read it by.
 //
 // A matrix (N outputs, K inputs) is cut into panels of 16 outputs. A panel holds, for each step of
-// k, its 16 outputs side by side, as one cache line of float32: [K][16] float32, [K/2][16][2]
-// bfloat16 or [K/2][16][2] int8. What is missing from the last panel and step is zero, in biases
-// and norms too, so that rows of padded length need no special end.
+// k, its 16 outputs side by side, one cache line: [K][16] float32, [K/2][16][2] bfloat16 or
+// [K/4][16][4] int8, these four in the order 0 2 1 3. What is missing from the last panels and step
+// is zero, in biases and norms too, so that rows of padded length need no special end.
 #pragma once
 
 #include <cstddef>
@@ -15,14 +15,19 @@
 namespace gpt_ext::cpu {
 
 constexpr int64_t kPanel = kDecodeAlign;  // outputs a panel
+constexpr int64_t kGroup = 4;             // panels, of which a matrix has whole groups: as many as
+                                          // the widest tile of a product takes
 
 struct PackedMatrix {
   const std::byte* panels;
-  const float* scale;  // (panels of outputs), int8 only
-  const float* bias;   // (panels of outputs)
-  int64_t depth;       // K
+  // (panels of outputs)
+  const float* scale;  // int8 only: a weight is worth so much
+  const int32_t* sum;  // int8 only: of an output's weights
+  const float* bias;
+  int64_t depth;  // K
   int64_t panel_count;
   int64_t panel_bytes;
+  int64_t ahead = 0;  // bytes from a panel to the one that is read after this matrix; 0: unknown
 };
 
 struct PackedNorm {

@@ -1,49 +1,72 @@
 // Rows times packed weights, at one SIMD level: the one product of generation, for a row or
 // hundreds. Included once a level by decode_rows.cpp.
 //
-// A rank owns a run of panels. Rows are taken in blocks, each first prepared as operands (normed,
-// and in the format's own type); then a tile of rows by panels stays in registers while k runs. A
-// sum runs over k in order in one accumulator, so that a row's result is the same in any tile.
+// Rows are first prepared as operands: normed, and in the format's own type. A rank owns a run of
+// panels: a tile of rows by panels stays in registers while k runs. A sum runs over k in order in
+// one accumulator, so that a row's result is the same in any tile.
 
 namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
 constexpr int kPanelVectors = kPanel / kLanes<float>;
 
-// out (kRows, kPanels * 16) = rows a times the panels.
+// What a tile reads of a matrix: panels side by side, `stride` stored elements each.
+template <class F>
+struct TileWeights {
+  const typename F::Stored* panel;
+  int64_t stride, steps;
+  OutputScales outputs;
+};
+
+// At each step of k a tile may ask for the same step of as many panels elsewhere, for tiles to
+// come: all, or of many rows half, for then there is more than one tile to ask.
+template <int kRows, int kPanels>
+constexpr int kAheadPanels = kRows == 1 ? kPanels : (kPanels + 1) / 2;
+constexpr int64_t kLineBytes = 64;
+
+// out (kRows, kPanels * 16) = rows a times the panels. `ahead`: the first panel asked for, or null.
 template <class F, int kRows, int kPanels>
-__attribute__((noinline)) void tile(int64_t steps, const typename F::Operand* const* a,
-                                    const float* row_scale, const typename F::Stored* panel,
-                                    int64_t stride, const float* scale, float* out) {
+__attribute__((noinline)) void tile(const typename F::Operand* const* a, const float* row_scale,
+                                    const TileWeights<F>& w, const std::byte* ahead, float* out) {
   using Sum = typename F::Sum;
+  using Operand = typename F::Operand;
   constexpr int kVectors = kPanels * kPanelVectors;
   constexpr int64_t kVectorStored = kLanes<float> * F::kDepth;
-  const typename F::Operand* row[kRows];
+  const Operand* row[kRows];
   for (int r = 0; r < kRows; ++r) row[r] = a[r];
-  Vec<Sum> sum[kRows][kVectors] = {};
+  const typename F::Stored* panel = w.panel;
+  const int64_t stride = w.stride;
+  Vec<Sum> sum[kRows][kVectors][F::kSums] = {};
   const auto step_part = [&]<int part>(int64_t k) __attribute__((always_inline)) {
-    Vec<typename F::Operand> w[kVectors];
+    Vec<Operand> weights[kVectors];
     for (int v = 0; v < kVectors; ++v)
-      w[v] = F::template weights<part>(panel + v / kPanelVectors * stride + k * kPanel * F::kDepth +
-                                       v % kPanelVectors * kVectorStored);
+      weights[v] =
+          F::template weights<part>(panel + v / kPanelVectors * stride + k * kPanel * F::kDepth +
+                                    v % kPanelVectors * kVectorStored);
     for (int r = 0; r < kRows; ++r) {
-      const Vec<typename F::Operand> x =
-          broadcast<typename F::Operand>(row[r][k * F::kParts + part]);
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = F::multiply_add(x, w[v], sum[r][v]);
+      const Vec<Operand> x = broadcast<Operand>(row[r][k * F::kParts + part]);
+      for (int v = 0; v < kVectors; ++v)
+        sum[r][v][part % F::kSums] = F::multiply_add(x, weights[v], sum[r][v][part % F::kSums]);
     }
   };
-  for (int64_t k = 0; k < steps; ++k) {
+  for (int64_t k = 0; k < w.steps; ++k) {
+    if ((kRows == 1 || kRows == kTileRows) && ahead)
+      for (int p = 0; p < kAheadPanels<kRows, kPanels>; ++p)
+        __builtin_prefetch(ahead + p * stride * sizeof(typename F::Stored) + k * kLineBytes, 0, 2);
     step_part.template operator()<0>(k);
     if constexpr (F::kParts == 2) step_part.template operator()<1>(k);
   }
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v)
       store(out + (r * kVectors + v) * kLanes<float>,
-            F::finish(sum[r][v], row_scale[r], scale + v * kLanes<float>));
+            F::finish(sum[r][v], row_scale[r],
+                      {w.outputs.scale + v * kLanes<float>, w.outputs.sum + v * kLanes<float>}));
 }
 
 // Panels a tile: of one row enough to hide the additions' latency, of many what the registers hold.
 constexpr int kOneRowPanels = std::max(1, 8 / kPanelVectors);
-constexpr int kManyRowsPanels = std::max(1, kTileVectors / kPanelVectors);
+template <class F>
+constexpr int kManyRowsPanels = std::max(1, kTileVectors / kPanelVectors / F::kSums);
+static_assert(kGroup * kPanelVectors >= kTileVectors);
 
 // What a product's rows are made of: x (rows, stride), normed if there is a norm.
 struct ProductRows {
@@ -91,57 +114,90 @@ inline void finish_row(const ProductOut& out, const float* sums, const float* bi
   }
 }
 
-// Bytes of a block of rows as operands: it stays in L2 beside a panel.
-constexpr int64_t kBlockBytes = 192 * 1024;
+// Rows as operands, `row` words of 32 bits each.
+struct Operands {
+  const float *words, *scale;  // (rows, row), (rows): what the format's prepare returned
+  int64_t row;
 
-struct ProductScratch {
-  float *operands, *normed, *row_scale;  // (block_rows, row) words, (padded depth), (block_rows)
-  int64_t block_rows, row;
+  Operands from(int64_t i) const { return {words + i * row, scale + i, row}; }
+};
+
+// Where they are made.
+struct OperandScratch {
+  float *words, *scale;
+  float* normed;  // (depth) of one row
+  int64_t row;
   size_t bytes;
 
-  ProductScratch(std::byte* memory, int64_t depth, int64_t rows) {
+  OperandScratch(std::byte* memory, int64_t depth, int64_t rows) {
     Carver carver(memory);
-    row = decode_align(depth) + kPanel;  // and a vector more, for ends that are written whole
-    const int64_t fit = kBlockBytes / (row * 4) / 6 * 6;
-    block_rows = std::min(rows, std::max<int64_t>(6, fit));
-    operands = carver.take<float>(block_rows * row);
+    row = decode_align(depth) + kPanel;  // a vector more, for ends that are written whole
+    words = carver.take<float>(rows * row);
+    scale = carver.take<float>(rows);
     normed = carver.take<float>(decode_align(depth));
-    row_scale = carver.take<float>(block_rows);
     bytes = carver.used();
   }
 };
 
-// Panels [panels.begin, panels.end) of the product.
+// Whether rows are operands as they are.
 template <class F>
-void product_typed(const ProductRows& rows, const PackedMatrix& m, Range panels, std::byte* scratch,
+bool are_operands(const ProductRows& in) {
+  return std::is_same_v<F, Format<WeightFormat::kFloat32>> && !in.norm;
+}
+
+// Prepares some of the rows; the caller's own `normed` serves each in turn.
+template <class F>
+Operands prepare(const ProductRows& in, int64_t depth, Range rows, const OperandScratch& to,
+                 float* normed) {
+  if (are_operands<F>(in)) return {in.x, to.scale, in.stride};
+  for (int64_t i = rows.begin; i < rows.end; ++i) {
+    const float* x = in.x + i * in.stride;
+    if (in.norm) normalise(x, depth, *in.norm, in.eps, normed);
+    to.scale[i] = F::prepare(in.norm ? normed : x, depth,
+                             reinterpret_cast<typename F::Operand*>(to.words + i * to.row));
+  }
+  return {to.words, to.scale, to.row};
+}
+
+// Bytes of a block of rows: it stays in L2 beside a group of panels.
+constexpr int64_t kBlockBytes = 192 * 1024;
+
+// Panels [panels.begin, panels.end) of the product of `count` rows.
+template <class F>
+void product_typed(const Operands& rows, int64_t count, const PackedMatrix& m, Range panels,
                    const ProductOut& out) {
   using Stored = typename F::Stored;
   using Operand = typename F::Operand;
-  const ProductScratch s(scratch, m.depth, rows.count);
-  auto* operands = reinterpret_cast<Operand*>(s.operands);
   const int64_t steps = (m.depth + F::kDepth - 1) / F::kDepth;
   const int64_t stride = m.panel_bytes / static_cast<int64_t>(sizeof(Stored));
-  for (int64_t i0 = 0; i0 < rows.count; i0 += s.block_rows) {
-    const int64_t block = std::min(s.block_rows, rows.count - i0);
-    for (int64_t i = 0; i < block; ++i) {
-      const float* x = rows.x + (i0 + i) * rows.stride;
-      if (rows.norm) normalise(x, m.depth, *rows.norm, rows.eps, s.normed);
-      s.row_scale[i] = F::prepare(rows.norm ? s.normed : x, m.depth, operands + i * s.row);
-    }
+  const int64_t row_bytes = steps * F::kParts * static_cast<int64_t>(sizeof(Operand));
+  const int64_t block_rows = std::max<int64_t>(1, kBlockBytes / row_bytes / kTileRows) * kTileRows;
+  for (int64_t i0 = 0; i0 < count; i0 += block_rows) {
+    const int64_t block = std::min(block_rows, count - i0);
     // Rows [i, i + kRows) by kPanels panels; what is beyond the block repeats its last row.
     const auto run = [&]<int kRows, int kPanels>(int64_t p, int64_t i) {
       const Operand* a[kRows];
       float row_scale[kRows], sums[kRows * kPanels * kPanel];
       for (int r = 0; r < kRows; ++r) {
-        const int64_t row = std::min(i + r, block - 1);
-        a[r] = operands + row * s.row;
-        row_scale[r] = s.row_scale[row];
+        const int64_t row = i0 + std::min(i + r, block - 1);
+        a[r] = reinterpret_cast<const Operand*>(rows.words + row * rows.row);
+        row_scale[r] = rows.scale[row];
       }
-      tile<F, kRows, kPanels>(steps, a, row_scale,
-                              reinterpret_cast<const Stored*>(m.panels) + p * stride, stride,
-                              m.scale + p * kPanel, sums);
+      const Stored* panel = reinterpret_cast<const Stored*>(m.panels) + p * stride;
+      // The first tiles of many rows share in asking for the next panels.
+      constexpr int64_t kAsked = kAheadPanels<kRows, kPanels>;
+      const std::byte* ahead = nullptr;
+      if (m.ahead != 0)
+        ahead = reinterpret_cast<const std::byte*>(panel) + m.ahead;
+      else if (block > kTileRows && i * kAsked < kPanels * kTileRows && p + kPanels < panels.end)
+        ahead =
+            reinterpret_cast<const std::byte*>(panel + (kPanels + i / kTileRows * kAsked) * stride);
+      tile<F, kRows, kPanels>(a, row_scale,
+                              {panel, stride, steps, {m.scale + p * kPanel, m.sum + p * kPanel}},
+                              ahead, sums);
+      const int64_t columns = std::min(kPanels * kPanel, out.stride - p * kPanel);
       for (int64_t r = 0; r < std::min<int64_t>(kRows, block - i); ++r)
-        finish_row(out, sums + r * kPanels * kPanel, m.bias + p * kPanel, kPanels * kPanel,
+        finish_row(out, sums + r * kPanels * kPanel, m.bias + p * kPanel, columns,
                    out.y + (i0 + i + r) * out.stride + p * kPanel);
     };
     const auto many = [&]<int kPanels>(int64_t p) {
@@ -158,23 +214,24 @@ void product_typed(const ProductRows& rows, const PackedMatrix& m, Range panels,
     if (block == 1) {
       one.template operator()<kOneRowPanels>(one, panels.begin);
     } else {
+      constexpr int kPanels = kManyRowsPanels<F>;
       int64_t p = panels.begin;
-      for (; panels.end - p >= kManyRowsPanels; p += kManyRowsPanels)
-        many.template operator()<kManyRowsPanels>(p);
+      for (; panels.end - p >= kPanels; p += kPanels) many.template operator()<kPanels>(p);
       for (; p < panels.end; ++p) many.template operator()<1>(p);
     }
   }
 }
 
-inline void product(WeightFormat format, const ProductRows& rows, const PackedMatrix& m,
-                    Range panels, std::byte* scratch, const ProductOut& out) {
+// f(Format<...>{}).
+template <class F>
+void dispatch_format(WeightFormat format, const F& f) {
   switch (format) {
     case WeightFormat::kFloat32:
-      return product_typed<Format<WeightFormat::kFloat32>>(rows, m, panels, scratch, out);
+      return f(Format<WeightFormat::kFloat32>{});
     case WeightFormat::kBFloat16:
-      return product_typed<Format<WeightFormat::kBFloat16>>(rows, m, panels, scratch, out);
+      return f(Format<WeightFormat::kBFloat16>{});
     case WeightFormat::kInt8:
-      return product_typed<Format<WeightFormat::kInt8>>(rows, m, panels, scratch, out);
+      return f(Format<WeightFormat::kInt8>{});
   }
 }
 

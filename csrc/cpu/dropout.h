@@ -59,6 +59,23 @@ GPT_EXT_INLINE void philox_blocks(uint64_t key, Philox4 first, uint32_t (&words)
   }
 }
 
+// Of n words, 4 kBlocks at most: 0 or `kept`.
+GPT_EXT_INLINE void scales_of_words(const uint32_t* words, const DropoutMask& mask, int64_t n,
+                                    float kept, float* scales) {
+  // Words are below 2^32, which the threshold may reach: all are dropped then.
+  const uint32_t least = static_cast<uint32_t>(std::min<uint64_t>(mask.threshold, UINT32_MAX));
+  const float scale = mask.threshold > UINT32_MAX ? 0 : kept;
+  for_columns<float>(n, [&](int64_t i, auto part) {
+    Vec<uint32_t> word;
+    std::memcpy(&word, words + i, sizeof word);
+    store(scales + i, word >= least ? broadcast(scale) : Vec<float>{}, part);
+  });
+}
+GPT_EXT_INLINE void scales_of_words(const uint32_t* words, const DropoutMask& mask, int64_t n,
+                                    double kept, double* scales) {
+  for (int64_t i = 0; i < n; ++i) scales[i] = words[i] >= mask.threshold ? kept : 0;
+}
+
 // What dropout multiplies elements [first, first + n) of a row by: scales[0, n). first is a
 // multiple of 4; row is the row's first block.
 template <class Sum>
@@ -69,8 +86,7 @@ void dropout_scales(const DropoutMask& mask, double p, Philox4 row, int64_t firs
     uint32_t words[4 * kBlocks];
     row.word[0] = static_cast<uint32_t>((first + j) / 4);
     philox_blocks(mask.seed, row, words);
-    for (int64_t i = 0; i < std::min(4 * kBlocks, n - j); ++i)
-      scales[j + i] = words[i] >= mask.threshold ? kept : Sum(0);
+    scales_of_words(words, mask, std::min(4 * kBlocks, n - j), kept, scales + j);
   }
 }
 

@@ -38,8 +38,8 @@ auto times_slope(Product* dz, const Product* saved, int64_t h) {
 
 // dz = (g W2) * act'(z) and dx, a block of rows at a time.
 template <class Stream, class Product, class X, class G, class Map>
-void row_gradients(const FfnBackward& p, const G* g,
-                   typename Arithmetic<Product>::Operand* memory, const Map& map) {
+void row_gradients(const FfnBackward& p, const G* g, typename Arithmetic<Product>::Operand* memory,
+                   const Map& map) {
   using E = Arithmetic<Product>;
   using Sum = typename E::Sum;
   const int64_t rows = p.problem.rows, d = p.problem.model_dim, h = p.problem.hidden_dim;
@@ -89,9 +89,8 @@ void second_weight_gradient(const FfnBackward& p, const G* g,
     if constexpr (kActivation == Activation::kRelu) {
       gemm(h, rows, a, b, transposed);
     } else {
-      gemm(h, rows, a, b, transposed, [](Vec<Sum> s, int64_t, int64_t, auto) {
-        return activate<kActivation, Sum>(s);
-      });
+      gemm(h, rows, a, b, transposed,
+           [](Vec<Sum> s, int64_t, int64_t, auto) { return activate<kActivation, Sum>(s); });
     }
   });
 }

@@ -18,7 +18,9 @@ bool cpu_has(const std::string& level) {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (level == "avx2") return avx2;
   if (level == "avx512") return avx2 && avx512;
-  if (level == "avx512_bf16") return avx2 && avx512 && __builtin_cpu_supports("avx512bf16");
+  if (level == "avx512_bf16")
+    return avx2 && avx512 && __builtin_cpu_supports("avx512bf16") &&
+           __builtin_cpu_supports("avx512vnni");
 #endif
   return level == "scalar" || level == "neon";  // the baseline of the machine compiled for
 }

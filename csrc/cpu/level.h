@@ -4,6 +4,8 @@
 #include "cpu/simd.h"
 #include "cpu/math.h"
 #include "cpu/dropout.h"
+#include "cpu/tile.h"
+#include "cpu/pack.h"
 #include "cpu/gemm.h"
 #include "cpu/norm.h"
 #include "cpu/linear.h"
@@ -14,3 +16,4 @@
 #undef GPT_EXT_VECTOR_BYTES
 #undef GPT_EXT_REGISTERS
 #undef GPT_EXT_BF16_DOT
+#undef GPT_EXT_INT8_DOT

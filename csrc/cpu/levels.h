@@ -15,6 +15,7 @@
 #define GPT_EXT_VECTOR_BYTES 0  // one element a vector
 #define GPT_EXT_REGISTERS 16
 #define GPT_EXT_BF16_DOT 0
+#define GPT_EXT_INT8_DOT 0
 #include "cpu/level.h"
 
 #if defined(__x86_64__)
@@ -24,6 +25,7 @@ GPT_EXT_BEGIN_TARGET("avx2,fma")
 #define GPT_EXT_VECTOR_BYTES 32
 #define GPT_EXT_REGISTERS 16
 #define GPT_EXT_BF16_DOT 0
+#define GPT_EXT_INT8_DOT 0
 #include "cpu/level.h"
 GPT_EXT_END_TARGET
 
@@ -32,14 +34,17 @@ GPT_EXT_BEGIN_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
 #define GPT_EXT_VECTOR_BYTES 64
 #define GPT_EXT_REGISTERS 32
 #define GPT_EXT_BF16_DOT 0
+#define GPT_EXT_INT8_DOT 0
 #include "cpu/level.h"
 GPT_EXT_END_TARGET
 
-GPT_EXT_BEGIN_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+// Whoever has instructions for bf16 has had VNNI before.
+GPT_EXT_BEGIN_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")
 #define GPT_EXT_SIMD_LEVEL avx512_bf16
 #define GPT_EXT_VECTOR_BYTES 64
 #define GPT_EXT_REGISTERS 32
 #define GPT_EXT_BF16_DOT 1
+#define GPT_EXT_INT8_DOT 1
 #include "cpu/level.h"
 GPT_EXT_END_TARGET
 
@@ -49,6 +54,7 @@ GPT_EXT_END_TARGET
 #define GPT_EXT_VECTOR_BYTES 16
 #define GPT_EXT_REGISTERS 32
 #define GPT_EXT_BF16_DOT 0
+#define GPT_EXT_INT8_DOT 0
 #include "cpu/level.h"
 
 #endif

@@ -21,7 +21,8 @@ auto add_to_residual(Out* out, int64_t columns, const Stream* b, const Stream* r
                      const Dropout& dropout) {
   const bool drops = dropout.p > 0;
   const ResidualDropout mask(drops ? *dropout.seed : 0, dropout.p);
-  const auto epilogue = [=, p = dropout.p](int64_t i, int64_t j0, int64_t rows, int64_t n, const Sum* c) {
+  const auto epilogue = [=, p = dropout.p](int64_t i, int64_t j0, int64_t rows, int64_t n,
+                                           const Sum* c) {
     Sum scales[kTileRows * kTileColumns<Sum>];
     for (int64_t r = 0; drops && r < rows; ++r)
       dropout_scales(mask, p, ResidualDropout::first_block(i + r), j0, n,
@@ -91,14 +92,13 @@ void input_gradient(const P& p, const G* g, int64_t o, const Stream* w, int64_t 
   const auto scratch = [&](std::byte* memory) {
     return BlockScratch<E>(memory, kBlockRows, d, steps_of_depth<E>(o));
   };
-  parallel_for_rows<E>(
-      rows, std::max(o, d), std::max(before_bytes, scratch(nullptr).bytes),
-      [&](int64_t i, int64_t m, std::byte* memory) {
-        before(i, m, memory);
-        if (!wanted) return;
-        gemm_block<E>(i, m, 0, d, b, tiles, epilogue, scratch(memory));
-        if constexpr (kHasNorm) norm(i, m);
-      });
+  parallel_for_rows<E>(rows, std::max(o, d), std::max(before_bytes, scratch(nullptr).bytes),
+                       [&](int64_t i, int64_t m, std::byte* memory) {
+                         before(i, m, memory);
+                         if (!wanted) return;
+                         gemm_block<E>(i, m, 0, d, b, tiles, epilogue, scratch(memory));
+                         if constexpr (kHasNorm) norm(i, m);
+                       });
   if constexpr (kHasNorm)
     norm.gradients(static_cast<Stream*>(p.dnorm_weight), static_cast<Stream*>(p.dnorm_bias));
 }

@@ -92,8 +92,8 @@ void with_normed_input(const void* x, int64_t rows, int64_t columns, const Layer
   with_normed_input<Stream, Product>(x, columns, norm, f);
 }
 
-// A norm's backward, some rows at a time. dx (rows, columns) holds dy and becomes the gradient of x,
-// plus `skip` unless that is null.
+// A norm's backward, some rows at a time. dx (rows, columns) holds dy and becomes the gradient of
+// x, plus `skip` unless that is null.
 template <class Storage>
 class NormBackward {
  public:

@@ -138,6 +138,14 @@ GPT_EXT_INLINE Vec<float> load(const float* p, int64_t count) {
 GPT_EXT_INLINE void store(float* p, Vec<float> x, int64_t count) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1 << count) - 1), (__m512)x);
 }
+GPT_EXT_INLINE Vec<float> load(const bf16* p, int64_t count) {
+  const __m256i half = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1 << count) - 1), p);
+  return (Vec<float>)(__builtin_convertvector((Vec16Bit)half, Vec<uint32_t>) << 16);
+}
+GPT_EXT_INLINE void store(bf16* p, Vec<float> x, int64_t count) {
+  const Vec16Bit half = __builtin_convertvector(round_to_bf16(x), Vec16Bit);
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1 << count) - 1), (__m256i)half);
+}
 #endif
 
 // The first halves of a and b, or the second ones, element by element in turn.

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdint>
 #include <optional>
+#include <thread>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -19,8 +20,9 @@ class Barrier {
  public:
   explicit Barrier(int size) : size_(size) {}
 
-  // Returns when all `size` threads have called it. Waits in a loop at first, then asleep: where
-  // threads outnumber cores, the one that is waited for needs a core.
+  // Returns when all `size` threads have called it. Waits in a loop at first; then gives its core
+  // away but stays awake, so that where two threads share a core while another one idles, the
+  // scheduler sees two that want to run, and moves one; at last asleep.
   void wait() {
     const uint32_t phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
@@ -33,6 +35,10 @@ class Barrier {
       if (phase_.load(std::memory_order_acquire) != phase) return;
       pause();
     }
+    for (int yield = 0; yield < kYields; ++yield) {
+      if (phase_.load(std::memory_order_acquire) != phase) return;
+      std::this_thread::yield();
+    }
     phase_.wait(phase, std::memory_order_acquire);
   }
 
@@ -40,6 +46,7 @@ class Barrier {
   // Some 15 us: longer than ranks differ by, short beside what a peer that lost its core is gone.
   // A machine with other work often has two ranks on one core, where every spin delays the peer.
   static constexpr int kSpins = 300;
+  static constexpr int kYields = 200;  // 100 us where nobody else wants the core
 
   static void pause() {
 #if defined(__x86_64__)

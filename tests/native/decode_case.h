@@ -206,7 +206,7 @@ inline void check_decode(const DecodeCase& c) {
   const double tolerance = c.format == WeightFormat::kFloat32 ? 512 * rounding(DType::kFloat32)
                                                               : 16 * rounding(DType::kBFloat16);
   CHECK(error(steps, expected) <= tolerance, "error=", error(steps, expected), " ", c);
-  for (const int64_t rows : {2, 5, 13}) {
+  for (const int64_t rows : {2, 5, 13, 40}) {
     const Doubles last = problem.engine(rows);
     CHECK(std::equal(last.end() - c.vocab, last.end(), steps.end() - c.vocab), rows,
           " rows a call differ from one ", c);

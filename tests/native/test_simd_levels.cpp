@@ -100,6 +100,7 @@ TEST(decoding_at_every_level) {
       check_decode({format, Activation::kGelu, 5, 19, 33, 2, 1, 7});
       check_decode({format, Activation::kGeluTanh, 130, 17, 64, 1, 4, 65});
       check_decode({format, Activation::kRelu, 1, 3, 5, 1, 5, 1});
+      check_decode({format, Activation::kRelu, 70, 40, 66, 2, 1, 520});  // groups of panels, a rest
     }
   });
 }

@@ -11,6 +11,7 @@
 #define GPT_EXT_VECTOR_BYTES 0
 #define GPT_EXT_REGISTERS 16
 #define GPT_EXT_BF16_DOT 0
+#define GPT_EXT_INT8_DOT 0
 #include "cpu/level.h"
 
 GPT_EXT_BEGIN_TARGET("avx2,fma")
@@ -44,28 +45,32 @@ Floats dpbf16_ps(Floats sum, Pairs a, Pairs b) {
   return sum;
 }
 
-// Each half as AVX2 has it.
-inline __m512i madd_epi16(__m512i a, __m512i b) {
-  __m256i left[2], right[2];
-  std::memcpy(left, &a, sizeof left);
-  std::memcpy(right, &b, sizeof right);
-  for (int i = 0; i < 2; ++i) left[i] = _mm256_madd_epi16(left[i], right[i]);
-  std::memcpy(&a, left, sizeof a);
-  return a;
+// vcvtneps2bf16
+inline auto cvtneps_pbh(Floats x) {
+  struct {
+    bf16 halves[16];
+  } rounded;
+  for (int i = 0; i < 16; ++i) rounded.halves[i] = to_bf16(x[i]);
+  return rounded;
 }
 
-inline __m512i cvtepi8_epi16(__m256i bytes) {
-  const __m256i words[2] = {_mm256_cvtepi8_epi16(_mm256_castsi256_si128(bytes)),
-                            _mm256_cvtepi8_epi16(_mm256_extracti128_si256(bytes, 1))};
-  __m512i both;
-  std::memcpy(&both, words, sizeof both);
-  return both;
+// vpdpbusd: bytes without sign times bytes with it, four products to a sum that wraps.
+inline __m512i dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
+  uint8_t left[64];
+  int8_t right[64];
+  uint32_t sums[16];
+  std::memcpy(left, &a, sizeof left);
+  std::memcpy(right, &b, sizeof right);
+  std::memcpy(sums, &sum, sizeof sums);
+  for (int i = 0; i < 64; ++i) sums[i / 4] += static_cast<uint32_t>(left[i] * right[i]);
+  std::memcpy(&sum, sums, sizeof sum);
+  return sum;
 }
 
 }  // namespace gpt_ext::cpu::avx512_twin
 
-#define _mm512_madd_epi16 gpt_ext::cpu::avx512_twin::madd_epi16
-#define _mm512_cvtepi8_epi16 gpt_ext::cpu::avx512_twin::cvtepi8_epi16
+#define _mm512_cvtneps_pbh gpt_ext::cpu::avx512_twin::cvtneps_pbh
+#define _mm512_dpbusd_epi32 gpt_ext::cpu::avx512_twin::dpbusd_epi32
 #define _mm512_maskz_loadu_ps gpt_ext::cpu::avx512_twin::maskz_loadu_ps
 #define _mm512_mask_storeu_ps gpt_ext::cpu::avx512_twin::mask_storeu_ps
 #define _mm512_dpbf16_ps gpt_ext::cpu::avx512_twin::dpbf16_ps
@@ -74,6 +79,7 @@ inline __m512i cvtepi8_epi16(__m256i bytes) {
 #define GPT_EXT_VECTOR_BYTES 64
 #define GPT_EXT_REGISTERS 32
 #define GPT_EXT_BF16_DOT 1
+#define GPT_EXT_INT8_DOT 1
 #include "cpu/level.h"
 GPT_EXT_END_TARGET
 

@@ -1,0 +1,197 @@
+// Packing for matrix products at one SIMD level: B into panels as wide as a tile, A into rows of
+// tiles. Included once a level by level.h.
+
+namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
+
+// What a product makes of a matrix's elements where it packs them: map(x, i, j, part) is given the
+// elements x from column j on of row i of the matrix as it lies in memory, row by row.
+struct Unchanged {
+  template <class V, class Part>
+  GPT_EXT_INLINE V operator()(V x, int64_t, int64_t, Part) const {
+    return x;
+  }
+};
+
+// Whether operands hold the bits that lie in memory.
+template <class E, class Storage, class Map>
+constexpr bool kIsCopy = std::is_same_v<Map, Unchanged> &&
+                         (kIsPairs<E, Storage> || std::is_same_v<Storage, typename E::Operand>);
+
+// `count` operands, the bits of elements [0, count) of each of kDepth rows, `row` elements apart.
+template <class E, int kCount, class Storage>
+GPT_EXT_INLINE void join_bits(const Storage* x, int64_t row, typename E::Operand* out) {
+  if constexpr (E::kDepth == 1) {
+    std::memcpy(out, x, kCount * sizeof *out);
+  } else {
+    using Half = typename VectorOf<uint16_t, 2 * kCount>::type;
+    using Pair = typename VectorOf<uint32_t, 4 * kCount>::type;
+    Half first, second;
+    std::memcpy(&first, x, sizeof first);
+    std::memcpy(&second, x + row, sizeof second);
+    const Pair pairs = __builtin_convertvector(first, Pair) | __builtin_convertvector(second, Pair)
+                                                                  << 16;
+    std::memcpy(out, &pairs, sizeof pairs);
+  }
+}
+
+template <class E>
+constexpr int64_t steps_of_depth(int64_t depth) {
+  return (depth + E::kDepth - 1) / E::kDepth;
+}
+
+// B, packed: panel p holds columns [p * kTileColumns, ...) as [step of k][width]; the last one is
+// as many whole vectors wide as its columns need.
+template <class E>
+struct Panels {
+  using Operand = typename E::Operand;
+  static constexpr int64_t kWidth = kTileColumns<typename E::Sum>;
+  Operand* data;
+  int64_t columns, steps;  // N, and K in steps
+
+  static int64_t size(int64_t depth, int64_t columns) {
+    return steps_of_depth<E>(depth) * round_up<typename E::Sum>(columns);
+  }
+  int64_t count() const { return (columns + kWidth - 1) / kWidth; }
+  int64_t width(int64_t p) const {
+    return std::min(kWidth, round_up<typename E::Sum>(columns - p * kWidth));
+  }
+  Operand* panel(int64_t p) const { return data + p * kWidth * steps; }
+};
+
+// Steps [k, k + steps) of columns [n, n + columns) of x (depth, .), where n is contiguous, to out
+// (steps, out_row); rows are padded with zeros to whole vectors.
+template <class E, class Storage, class Map>
+GPT_EXT_INLINE void join_rows(Matrix<Storage> x, int64_t depth, int64_t k, int64_t steps, int64_t n,
+                              int64_t columns, typename E::Operand* out, int64_t out_row,
+                              const Map& map) {
+  using Sum = typename E::Sum;
+  for (int64_t s = 0; s < steps; ++s)
+    for_columns<Sum>(columns, [&](int64_t j, auto part) {
+      if constexpr (kIsCopy<E, Storage, Map> && std::is_same_v<decltype(part), Whole>)
+        if ((k + s + 1) * E::kDepth <= depth)
+          return join_bits<E, kLanes<Sum>>(x.data + (k + s) * E::kDepth * x.row + n + j, x.row,
+                                           out + s * out_row + j);
+      Vec<Sum> elements[E::kDepth] = {};
+      for (int e = 0; e < E::kDepth; ++e) {
+        const int64_t row = (k + s) * E::kDepth + e;
+        if (row < depth)
+          elements[e] = map(load(x.data + row * x.row + n + j, part), row, n + j, part);
+      }
+      store(out + s * out_row + j, E::join(elements));
+    });
+}
+
+// Steps of k from where they are contiguous: the elements from column j on of row i, in memory, of
+// a matrix with `columns` columns; zeros beyond.
+template <class E, class Storage, class Map>
+GPT_EXT_INLINE Vec<typename E::Operand> load_steps(const Storage* row, int64_t i, int64_t j,
+                                                   int64_t columns, const Map& map) {
+  using Sum = typename E::Sum;
+  Vec<Sum> x[E::kDepth] = {};
+  for (int e = 0; e < E::kDepth; ++e, j += kLanes<Sum>) {
+    if (j + kLanes<Sum> <= columns)
+      x[e] = map(load(row + j), i, j, Whole{});
+    else if (j < columns)
+      x[e] = map(load(row + j, columns - j), i, j, columns - j);
+  }
+  return E::pair_up(x);
+}
+
+// As join_rows, where k is contiguous: transposed a square at a time.
+template <class E, class Storage, class Map>
+void transpose_columns(Matrix<Storage> x, int64_t depth, int64_t k, int64_t steps, int64_t n,
+                       int64_t columns, typename E::Operand* out, int64_t out_row, const Map& map) {
+  using Operand = typename E::Operand;
+  constexpr int64_t kSide = kLanes<Operand>;
+  for (int64_t j = 0; j < columns; j += kSide)
+    for (int64_t s = 0; s < steps; s += kSide) {
+      Vec<Operand> square[kSide] = {};
+      for (int64_t i = 0; i < std::min(kSide, columns - j); ++i)
+        square[i] = load_steps<E>(x.data + (n + j + i) * x.column, n + j + i, (k + s) * E::kDepth,
+                                  depth, map);
+      transpose<Operand>(square);
+      for (int64_t i = 0; i < std::min(kSide, steps - s); ++i)
+        store(out + (s + i) * out_row + j, square[i]);
+    }
+}
+
+// Packs B (depth, columns), one of whose strides is 1, into `memory` of Panels<E>::size elements: a
+// task reads whole rows of memory, a run of steps or the columns of one panel.
+template <class E, class Storage, class Map = Unchanged>
+__attribute__((noinline)) Panels<E> pack(Matrix<Storage> b, int64_t depth, int64_t columns,
+                                         typename E::Operand* memory, const Map& map = {}) {
+  constexpr int64_t kRun = 64;  // steps a task: some 100 us at GPT-2's width
+  const Panels<E> panels{memory, columns, steps_of_depth<E>(depth)};
+  const auto columns_of = [&](int64_t p) {
+    return std::min(panels.kWidth, columns - p * panels.kWidth);
+  };
+  if (b.column == 1)
+    parallel_for((panels.steps + kRun - 1) / kRun, 0, [&](int64_t run, std::byte*) {
+      const int64_t k = run * kRun, steps = std::min(kRun, panels.steps - k);
+      for (int64_t p = 0; p < panels.count(); ++p)
+        join_rows<E>(b, depth, k, steps, p * panels.kWidth, columns_of(p),
+                     panels.panel(p) + k * panels.width(p), panels.width(p), map);
+    });
+  else
+    parallel_for(panels.count(), 0, [&](int64_t p, std::byte*) {
+      transpose_columns<E>(b, depth, 0, panels.steps, p * panels.kWidth, columns_of(p),
+                           panels.panel(p), panels.width(p), map);
+    });
+  return panels;
+}
+
+// Steps of a matrix whose rows are contiguous lie pages apart, where no hardware prefetcher
+// follows.
+constexpr int64_t kPrefetchSteps = 16;
+template <class E, class Storage>
+GPT_EXT_INLINE void prefetch_rows(Matrix<Storage> a, int64_t i0, int64_t rows, int64_t step,
+                                  int64_t depth) {
+  constexpr int64_t kCacheLine = 64 / sizeof(Storage);
+  for (int64_t k = step * E::kDepth; k < std::min((step + 1) * E::kDepth, depth); ++k)
+    for (int64_t i = 0; i < rows; i += kCacheLine)
+      __builtin_prefetch(a.data + k * a.column + i0 + i);
+}
+
+// Rows [i0, i0 + rows) and steps [k0, k0 + steps) of A (., depth) as tiles: A itself where it will
+// do, else a copy in `memory`. Where rows are contiguous in A, a tile's copy is [step][6]: one
+// stream, where A has a cache line a step.
+template <class E, class Storage, class Map>
+__attribute__((noinline)) Tiles<typename E::Operand> pack_tiles(Matrix<Storage> a, int64_t i0,
+                                                                int64_t rows, int64_t k0,
+                                                                int64_t steps, int64_t depth,
+                                                                typename E::Operand* memory,
+                                                                const Map& map) {
+  using Operand = typename E::Operand;
+  if (a.column != 1) {
+    // A step is stored in runs of kRun; what lies beyond its 6 elements the next one overwrites.
+    constexpr int64_t kRun = std::max<int64_t>(8, kLanes<Operand>);
+    const int64_t tile = kTileRows * steps + kRun;
+    for (int64_t s = 0; s < steps; ++s) {
+      const int64_t k = k0 + s;
+      prefetch_rows<E>(a, i0, rows, k + kPrefetchSteps, depth);
+      for (int64_t i = 0; i < rows; i += kTileRows) {
+        Operand* out = memory + i / kTileRows * tile + s * kTileRows;
+        if constexpr (kIsCopy<E, Storage, Map>)
+          if (i + 8 <= rows && (k + 1) * E::kDepth <= depth) {
+            join_bits<E, 8>(a.data + k * E::kDepth * a.column + i0 + i, a.column, out);
+            continue;
+          }
+        join_rows<E>(Matrix<Storage>{a.data, a.column, 1}, depth, k, 1, i0 + i,
+                     i + kRun <= rows ? kRun : std::min<int64_t>(kTileRows, rows - i), out, 0, map);
+      }
+    }
+    return {memory, tile, 1, kTileRows};
+  }
+  if constexpr (kIsCopy<E, Storage, Map>)
+    if (depth % E::kDepth == 0 && a.row % E::kDepth == 0)
+      return Matrix<Operand>{reinterpret_cast<const Operand*>(a.data + i0 * a.row) + k0,
+                             a.row / E::kDepth, 1};
+  const int64_t padded = round_up<Operand>(steps);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t s = 0; s < steps; s += kLanes<Operand>)
+      store(memory + i * padded + s,
+            load_steps<E>(a.data + (i0 + i) * a.row, i0 + i, (k0 + s) * E::kDepth, depth, map));
+  return Matrix<Operand>{memory, padded, 1};
+}
+
+}  // namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL
