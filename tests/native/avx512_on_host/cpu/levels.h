@@ -32,6 +32,19 @@ inline void mask_storeu_ps(float* p, __mmask16 mask, Floats x) {
     if (mask >> i & 1) p[i] = x[i];
 }
 
+inline __m256i maskz_loadu_epi16(__mmask16 mask, const void* p) {
+  uint16_t x[16] = {};
+  for (int i = 0; i < 16; ++i)
+    if (mask >> i & 1) std::memcpy(x + i, static_cast<const std::byte*>(p) + 2 * i, 2);
+  return std::bit_cast<__m256i>(x);
+}
+
+inline void mask_storeu_epi16(void* p, __mmask16 mask, __m256i x) {
+  for (int i = 0; i < 16; ++i)
+    if (mask >> i & 1)
+      std::memcpy(static_cast<std::byte*>(p) + 2 * i, reinterpret_cast<std::byte*>(&x) + 2 * i, 2);
+}
+
 // vdpbf16ps: the odd elements' products are added first, each addition rounded.
 template <class Pairs>
 Floats dpbf16_ps(Floats sum, Pairs a, Pairs b) {
@@ -71,6 +84,8 @@ inline __m512i dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
 
 #define _mm512_cvtneps_pbh gpt_ext::cpu::avx512_twin::cvtneps_pbh
 #define _mm512_dpbusd_epi32 gpt_ext::cpu::avx512_twin::dpbusd_epi32
+#define _mm256_maskz_loadu_epi16 gpt_ext::cpu::avx512_twin::maskz_loadu_epi16
+#define _mm256_mask_storeu_epi16 gpt_ext::cpu::avx512_twin::mask_storeu_epi16
 #define _mm512_maskz_loadu_ps gpt_ext::cpu::avx512_twin::maskz_loadu_ps
 #define _mm512_mask_storeu_ps gpt_ext::cpu::avx512_twin::mask_storeu_ps
 #define _mm512_dpbf16_ps gpt_ext::cpu::avx512_twin::dpbf16_ps
