@@ -263,6 +263,32 @@ def test_config_files_that_cannot_be(tmp_path: Path, content: str | None, messag
     assert_one_error(gpt_ext("train", "--config", config, "--out", tmp_path / "run"), message)
 
 
+def test_tensorboard_reads_what_is_logged_and_nothing_twice(text: Path, tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = tmp_path / "run"
+    options = ["--steps", "1000000", "--log-every", "5", "--eval-every", "5"]
+    command = ["train", "--data", text, "--out", run, "--tensorboard", "true", *SMALL, *options]
+    interrupted(*command)
+    interrupted("train", "--resume", run)
+    read = events.EventAccumulator(str(run / "tensorboard"))
+    read.Reload()
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for key in ("loss", "learning_rate", "gradient_norm", "validation_loss"):
+        shown = [(event.step, event.value) for event in read.Scalars(key)]
+        expected = [(record["step"], record[key]) for record in records if key in record]
+        assert shown == [(step, pytest.approx(value)) for step, value in expected]
+
+
+def test_without_tensorboard_a_run_that_wants_it_does_not_begin(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    run = tmp_path / "run"
+    assert cli.main(["train", "--data", str(text), "--out", str(run), "--tensorboard=true"]) == 2
+    assert "no TensorBoard: pip install 'gpt-ext[tensorboard]'" in capsys.readouterr().err
+    assert not run.exists()
+
+
 def test_inspect_tells_what_a_run_is_and_takes(
     trained: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:

@@ -1,4 +1,4 @@
-"""What one can see of a model: its costs against PyTorch's own counts, its attention, its curves."""
+"""What one can see of a model: its costs against PyTorch's counts, its attention, its curves."""
 
 from __future__ import annotations
 
