@@ -41,7 +41,7 @@ clean:
 
 # The package in place, with its extension. Only what has changed is compiled again.
 .venv/installed: .venv/torch pyproject.toml setup.py $(CSRC)
-	$(INSTALL) --no-build-isolation --editable '.[plot,test]'
+	$(INSTALL) --no-build-isolation --editable '.[plot,tensorboard,test]'
 	touch $@
 
 .venv/dev: .venv/installed

@@ -7,6 +7,7 @@ last.safetensors     weights of the last checkpoint
 checkpoints/         all that going on takes, by step: gpt_ext.state
 metrics.jsonl        a line a log or evaluation
 curves.png           the curves of metrics.jsonl
+tensorboard/         the same for TensorBoard, if asked for
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class World:
         if self.size == 1:
             return objective
         if parallel == "ddp":
-            return DistributedDataParallel(objective)
+            return DistributedDataParallel(objective, gradient_as_bucket_view=True)
         mesh = distributed.init_device_mesh(self.device.type, (self.size,))
         for module in (*blocks, objective):  # the last one has what the blocks have not
             fully_shard(module, mesh=mesh, reshard_after_forward=True)

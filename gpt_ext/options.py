@@ -55,6 +55,7 @@ class TrainOptions:
     keep_last: int = option(2, "checkpoints to keep")
     eval_batches: int = option(20, "batches an evaluation")
     log_every: int = option(50, "steps from one log line to the next")
+    tensorboard: bool = option(False, "logs for TensorBoard, too, in RUN/tensorboard")
     max_skipped: int = option(10, "stop after so many steps in a row without a finite loss")
     seed: int = option(0, "of initial weights, batches and dropout")
     device: str = option("cpu", "PyTorch's name of the device, such as cpu or cuda")

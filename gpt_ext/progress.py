@@ -1,9 +1,15 @@
-"""What long work shows: a bar on a terminal, lines elsewhere."""
+"""What long work shows: a bar on a terminal, lines elsewhere, and TensorBoard if asked for."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gpt_ext.errors import UserError
 
 
 class Progress:
@@ -89,3 +95,30 @@ class ByteProgress:
                 f"{speed / 1e6:,.0f} MB/s  {(self.total - done) / speed:.0f} s left",
                 flush=True,
             )
+
+
+@contextmanager
+def board(run: Path | None, step: int) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """A function that adds a record to RUN/tensorboard, where what comes after `step` is dropped.
+
+    Without a run it does nothing.
+    """
+    if run is None:
+        yield lambda record: None
+        return
+    with summary_writer()(str(run / "tensorboard"), purge_step=step + 1) as writer:
+
+        def add(record: Mapping[str, float]) -> None:
+            for key in record.keys() - {"step"}:
+                writer.add_scalar(key, record[key], int(record["step"]))
+
+        yield add
+
+
+def summary_writer() -> Any:
+    """TensorBoard's writer; UserError where it is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("no TensorBoard: pip install 'gpt-ext[tensorboard]'") from None
+    return SummaryWriter

@@ -25,7 +25,7 @@ from gpt_ext.errors import UserError
 from gpt_ext.model import GPT, GPTConfig
 from gpt_ext.optimizer import Average, build_optimizer, learning_rate
 from gpt_ext.options import ModelOptions, TrainOptions
-from gpt_ext.progress import Progress
+from gpt_ext.progress import Progress, board, summary_writer
 from gpt_ext.sampling import Windows, derived_seed
 
 
@@ -81,6 +81,8 @@ class Trainer:
         self.share, self.micro = shares(options, world.size)
         if options.precision == "float16" and self.device.type == "cpu":
             raise UserError("precision float16 has no kernels for CPUs: take bfloat16, or CUDA")
+        if options.tensorboard:
+            summary_writer()  # or says that there is none
         torch.manual_seed(options.seed)
         self.model = GPT(config["vocab_size"], **config["model"]).to(self.device)
         length = self.model.config.context_length
@@ -107,9 +109,11 @@ class Trainer:
         options, context_length = self.options, self.model.config.context_length
         self.model.train()
         since, at = self.step, time.perf_counter()
+        wanted = options.tensorboard and self.world.rank == 0
         with (
             Progress(self.step, options.steps, options.log_every) as progress,
             on_interrupt(repeated=self.world.size > 1) as stop,
+            board(self.run if wanted else None, self.step) as self.board,
         ):
             while self.step < options.steps and not self.world.any(stop.is_set()):
                 record = self.optimize()
@@ -200,9 +204,10 @@ class Trainer:
         )
 
     def log(self, record: Mapping[str, float]) -> None:
-        """Adds a line to metrics.jsonl, with null for what is not finite."""
+        """Adds a line to metrics.jsonl, with null for what is not finite; tells the board."""
         finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
         self.world.first(lambda: checkpoint.append_line(self.run / checkpoint.METRICS, finite))
+        self.board(record)
 
     def save(self, validation_loss: float = math.inf) -> None:
         """Writes a checkpoint, the last weights, and the best ones if no loss was lower before."""

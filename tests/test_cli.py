@@ -20,6 +20,7 @@ from corpus import sentences
 
 from gpt_ext import build_info, cli, demo
 from gpt_ext.options import ModelOptions, TrainOptions
+from gpt_ext.tokenizer import load_tokenizer
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 SMALL = (
@@ -263,6 +264,83 @@ def test_config_files_that_cannot_be(tmp_path: Path, content: str | None, messag
     assert_one_error(gpt_ext("train", "--config", config, "--out", tmp_path / "run"), message)
 
 
+def test_tensorboard_reads_what_is_logged_and_nothing_twice(text: Path, tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = tmp_path / "run"
+    options = ["--steps", "1000000", "--log-every", "5", "--eval-every", "5"]
+    command = ["train", "--data", text, "--out", run, "--tensorboard", "true", *SMALL, *options]
+    interrupted(*command)
+    interrupted("train", "--resume", run)
+    read = events.EventAccumulator(str(run / "tensorboard"))
+    read.Reload()
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for key in ("loss", "learning_rate", "gradient_norm", "validation_loss"):
+        shown = [(event.step, event.value) for event in read.Scalars(key)]
+        expected = [(record["step"], record[key]) for record in records if key in record]
+        assert shown == [(step, pytest.approx(value)) for step, value in expected]
+
+
+def test_without_tensorboard_a_run_that_wants_it_does_not_begin(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    run = tmp_path / "run"
+    assert cli.main(["train", "--data", str(text), "--out", str(run), "--tensorboard=true"]) == 2
+    assert "no TensorBoard: pip install 'gpt-ext[tensorboard]'" in capsys.readouterr().err
+    assert not run.exists()
+
+
+def test_inspect_tells_what_a_run_is_and_takes(
+    trained: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    result = gpt_ext("inspect", trained[0])
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    told = dict(re.split(r": +", line.strip(), maxsplit=1) for line in result.stdout.splitlines())
+    assert told["model"] == "1 blocks of width 16, 2 heads"
+    assert told["trained"] == "40 of 40 steps"
+    parameters = re.match(r"([\d,]+) parameters", trained[1].stdout)
+    assert parameters
+    assert told["parameters"] == parameters[1]
+    validation = re.findall(r"validation loss (.*)", trained[1].stdout)
+    assert told["best validation loss"] == min(validation)
+    vocabulary = len(load_tokenizer(trained[0]))
+    assert told["context"] == f"16 tokens out of {vocabulary}"
+    flops = 2 * (12 * 16 * 16 + 16 * vocabulary) + 2 * 17 * 16
+    assert told["FLOPs a token"] == f"{flops:,} forward, {3 * flops:,} to train on it"
+    assert re.fullmatch(r"[1-9][\d,]* tokens/s", told["training here"])
+    assert re.fullmatch(r"[1-9][\d,]* tokens/s within the context", told["generation here"])
+
+
+def test_attention_is_drawn(
+    trained: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    picture = tmp_path / "a.png"
+    result = gpt_ext("attention", trained[0], "The king", "--out", picture)
+    assert result.returncode == 0, result.stderr
+    assert (result.stdout, result.stderr) == (f"drawn: {picture}\n", "")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        ("", "can't read '': there is nothing to look at"),
+        ("The kïng", "can't read 'The kïng': character 'ï' at position 5 "),
+        ("The king " * 9, "tokens reach position 81, beyond context_length=16"),
+    ],
+)
+def test_attention_over_what_cannot_be_read(
+    trained: tuple[Path, subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    read: str,
+    message: str,
+) -> None:
+    picture = tmp_path / "a.png"
+    assert_one_error(gpt_ext("attention", trained[0], read, "--out", picture), message)
+    assert not picture.exists()
+
+
 def interrupted(*arguments: str | Path) -> tuple[int, list[str]]:
     """Exit code and lines of a training that gets Ctrl-C after its first line of progress."""
     with open_gpt_ext(*arguments) as process:
@@ -344,8 +422,8 @@ def test_doctor_tells_the_build() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected a command, one of prepare, train, generate, .*, doctor"),
-        (["fly"], "expected a command, one of prepare, .*, doctor, got 'fly'"),
+        ([], "expected a command, one of prepare, train, generate, .*, doctor; got none"),
+        (["fly"], "expected a command, one of prepare, .*, doctor; got 'fly'"),
         (["--fly"], "unrecognized arguments: --fly"),
     ],
 )
@@ -355,7 +433,7 @@ def test_commands_that_are_none(arguments: Sequence[str], message: str) -> None:
 
 def test_help_lists_commands_and_options() -> None:
     for arguments, words in (
-        ([], ["train", "generate", "demo", "doctor"]),
+        ([], ["train", "generate", "inspect", "attention", "demo", "doctor"]),
         (["train"], ["--data", "--out", "--resume", "--model-dim", "--learning-rate", "AdamW"]),
         (["generate"], ["run", "--prompt", "--length", "--temperature", "--top-k", "--seed"]),
     ):

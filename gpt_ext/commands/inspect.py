@@ -50,7 +50,8 @@ def run(options: Any) -> int:
     _tell("weights", _bytes(4 * total))
     copies = 4 + bool(training.ema)  # weights, gradients and two moments; their average
     kept = _bytes(costs.activation_bytes(model, objective))
-    _tell("memory to train", f"{_bytes(4 * copies * total)}, and {kept} a sequence at once")
+    without = " without recompute" if training.recompute else ""
+    _tell("memory to train", f"{_bytes(4 * copies * total)}, and {kept} a sequence{without}")
     flops = costs.forward_flops(shape)
     _tell("FLOPs a token", f"{flops:,} forward, {3 * flops:,} to train on it")
     batch = training.micro_batch_size or training.batch_size
