@@ -90,10 +90,10 @@ class Trainer:
         self.training = Windows(data.training, length, options.seed)
         self.validation = Windows(data.validation, length, options.seed)
         for block in self.model.blocks:
+            if options.compile:
+                block.forward = torch.compile(block.forward)
             if options.recompute:
                 block.forward = partial(recompute, block.forward, use_reentrant=False)
-            if options.compile:
-                block.compile()
         self.objective = world.spread(Objective(self.model), self.model.blocks, options.parallel)
         self.optimizer = build_optimizer(self.model, options)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "float16")

@@ -398,6 +398,21 @@ def test_micro_batches_add_up_to_the_same_step(begin: Callable[..., train.Traine
     assert torch.equal(again[1], weights)
 
 
+# dynamo looks at each input's, and hides the warning but where warnings are errors
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_blocks_train_as_eager_ones(begin: Callable[..., train.Trainer]) -> None:
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    losses = []
+    for name, options in (("eager", {}), ("compiled", {"compile": True, "recompute": True})):
+        trainer = begin(name, dropout=0.0, **options)
+        losses.append([trainer.optimize()["loss"] for _ in range(3)])
+    assert counters["stats"]["unique_graphs"] == 1  # which both blocks share
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
 def test_bfloat16_learns_as_float32_does(begin: Callable[..., train.Trainer]) -> None:
     losses, dtypes = [], set()
     for precision in ("float32", "bfloat16"):
