@@ -81,6 +81,20 @@ struct PartialSums {
   bool first, last;  // whether the block of steps at hand is
 };
 
+// The rows of memory that the next block of A is packed from, fetched a few a tile.
+struct FetchAhead {
+  Touched a;                 // A^T as it lies: its rows are A's columns
+  int64_t row, end, a_tile;  // the next row, that after the last, and how many a tile
+  int64_t column, columns;   // A's rows
+
+  GPT_EXT_INLINE void a_few_rows() {
+    const int64_t count = std::min(a_tile, end - row);
+    if (count <= 0) return;
+    a.prefetch(row, count, column, columns);
+    row += count;
+  }
+};
+
 // Rows [i0, i0 + rows), columns [j0, j0 + columns) of C, of one panel: a (rows, steps) times the
 // panel (steps, width) onto the partial sums; where that is the last of it, to the epilogue.
 template <class E>
@@ -88,7 +102,7 @@ __attribute__((noinline)) void multiply_panel(int64_t i0, int64_t rows, int64_t 
                                               int64_t steps, Tiles<typename E::Operand> a,
                                               const typename E::Operand* panel, int64_t width,
                                               const PartialSums<typename E::Sum>& partial,
-                                              const Epilogue<E>& epilogue) {
+                                              const Epilogue<E>& epilogue, FetchAhead& ahead) {
   using Sum = typename E::Sum;
   alignas(64) Sum done[kTileRows * kTileColumns<Sum>];
   for (int64_t i = 0; i < rows; i += kTileRows) {
@@ -99,6 +113,7 @@ __attribute__((noinline)) void multiply_panel(int64_t i0, int64_t rows, int64_t 
       if (!partial.first) x += load(sums);
       store(partial.last ? done + r * kTileColumns<Sum> + j : sums, x);
     };
+    ahead.a_few_rows();
     if (partial.last)
       for (const Touched* x : {&epilogue.first, &epilogue.second})
         if (x->data) x->prefetch(i0 + i, tile_rows, j0, columns);
@@ -156,10 +171,18 @@ inline BlocksOfC blocks_of_c(int64_t rows, int64_t columns, int64_t panel, int64
   }
 }
 
-// tiles(i0, rows, k0, steps, memory): A's block, as pack_tiles gives it.
+// tiles(i0, rows, k0, steps, memory): A's block, as pack_tiles gives it. Where A's rows are
+// contiguous, `transposed` is A^T as it lies.
 template <class E>
-using TilesOfBlock =
-    Callback<Tiles<typename E::Operand>, int64_t, int64_t, int64_t, int64_t, typename E::Operand*>;
+struct TilesOfBlock : Callback<Tiles<typename E::Operand>, int64_t, int64_t, int64_t, int64_t,
+                               typename E::Operand*> {
+  using Base = Callback<Tiles<typename E::Operand>, int64_t, int64_t, int64_t, int64_t,
+                        typename E::Operand*>;
+  Touched transposed;
+
+  template <class F>
+  TilesOfBlock(const F& f) : Base(f), transposed(f.first) {}
+};
 
 template <class E>
 struct BlockScratch {
@@ -180,6 +203,18 @@ struct BlockScratch {
   }
 };
 
+// What is fetched for A's rows [i0, i0 + rows) and steps [k, k + steps) while so many columns of C
+// are computed. The last step's second row may lie beyond the matrix: fetching reads nothing.
+template <class E>
+FetchAhead fetch_ahead(const TilesOfBlock<E>& tiles, int64_t i0, int64_t rows, int64_t k,
+                       int64_t steps, int64_t columns) {
+  if (!tiles.transposed.data || steps <= 0) return {};
+  const int64_t count =
+      (columns + Panels<E>::kWidth - 1) / Panels<E>::kWidth * ((rows + kTileRows - 1) / kTileRows);
+  const int64_t first = k * E::kDepth, all = steps * E::kDepth;
+  return {tiles.transposed, first, first + all, (all + count - 1) / count, i0, rows};
+}
+
 // Rows [i0, i0 + rows), columns [j0, j0 + columns) of C, on this thread; j0 begins a panel.
 template <class E>
 __attribute__((noinline)) void gemm_block(int64_t i0, int64_t rows, int64_t j0, int64_t columns,
@@ -194,12 +229,14 @@ __attribute__((noinline)) void gemm_block(int64_t i0, int64_t rows, int64_t j0, 
     do {  // once, where there are no steps: the sums are zeros then
       const int64_t steps = std::min(k_blocks.size, b.steps - k);
       const auto block = tiles(i0, rows, k, steps, scratch.a);
+      FetchAhead ahead =
+          fetch_ahead<E>(tiles, i0, rows, k + steps, std::min(steps, b.steps - k - steps), n);
       for (int64_t p = j / b.kWidth; p * b.kWidth < j + n; ++p) {
         const int64_t at = p * b.kWidth;
         multiply_panel<E>(i0, rows, at, std::min(b.kWidth, j + n - at), steps, block,
                           b.panel(p) + k * b.width(p), b.width(p),
                           {scratch.sums + at - j, scratch.row, k == 0, k + steps == b.steps},
-                          epilogue);
+                          epilogue, ahead);
       }
       k += k_blocks.size;
     } while (k < b.steps);
@@ -209,9 +246,11 @@ __attribute__((noinline)) void gemm_block(int64_t i0, int64_t rows, int64_t j0, 
 // The tiles of map(A), A being (., depth) and one of its strides 1.
 template <class E, class Storage, class Map>
 auto tiles_of(Matrix<Storage> a, int64_t depth, const Map& map) {
-  return [=](int64_t i0, int64_t rows, int64_t k0, int64_t steps, typename E::Operand* memory) {
+  const auto tiles = [=](int64_t i0, int64_t rows, int64_t k0, int64_t steps,
+                         typename E::Operand* memory) {
     return pack_tiles<E>(a, i0, rows, k0, steps, depth, memory, map);
   };
+  return touching(tiles, a.column == 1 ? Touched{} : touched(a.data, a.column));
 }
 
 template <class E>
