@@ -22,7 +22,7 @@ struct Callback {
   Result operator()(Arguments... arguments) const { return function(object, arguments...); }
 };
 
-// A matrix that an epilogue reads or writes, in bytes: fetched while the tile is computed.
+// A matrix, in bytes, of which a part is fetched while tiles are computed, ahead of its use.
 struct Touched {
   const std::byte* data;
   int64_t row, element;
@@ -54,7 +54,7 @@ struct Epilogue : Callback<void, int64_t, int64_t, int64_t, int64_t, const typen
   }
 };
 
-// An epilogue with what it touches.
+// A function with what it touches.
 template <class F>
 struct Touching : F {
   Touched first, second;
@@ -132,20 +132,16 @@ constexpr int64_t kBlockRows = 96, kBlockColumns = 768, kBlockSteps = 512;
 static_assert(kBlockRows % kTileRows == 0);
 static_assert(kBlockColumns % kTileColumns<float> == 0);
 
-// How many blocks of at most `largest`, and how long each is: equal but for rounding to `unit`, so
-// that the last one is no stump.
+// Blocks of steps, equal in size, so that the last one is no stump. Sums must not depend on how
+// many threads there are: only the blocks of C may.
 struct Split {
   int64_t count, size;
 };
-inline Split split(int64_t n, int64_t largest, int64_t unit) {
-  const int64_t blocks = std::max<int64_t>(1, (n + largest - 1) / largest);
-  const int64_t size = ((n + blocks - 1) / blocks + unit - 1) / unit * unit;
-  return {size ? (n + size - 1) / size : 0, size};
-}
-
-// Sums must not depend on how many threads there are: only the blocks of C may.
 inline Split split_steps(int64_t steps) {
-  return split(steps, steps <= 2 * kBlockSteps ? 2 * kBlockSteps : kBlockSteps, 1);
+  const int64_t largest = steps <= 2 * kBlockSteps ? 2 * kBlockSteps : kBlockSteps;
+  const int64_t blocks = std::max<int64_t>(1, (steps + largest - 1) / largest);
+  const int64_t size = (steps + blocks - 1) / blocks;
+  return {size ? (steps + size - 1) / size : 0, size};
 }
 
 // Blocks of C, a task each, `row_unit` rows or a multiple of that, and whole panels: so that the

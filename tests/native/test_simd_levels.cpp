@@ -83,6 +83,19 @@ TEST(linear_at_every_level) {
   });
 }
 
+// Sums over k in several blocks: the weights' gradients over many rows, out and dx at great depth;
+// and more columns than a block of partial sums has.
+TEST(long_sums_at_every_level) {
+  at_every_level([] {
+    for (const Precision& precision : kPrecisions) {
+      check_linear({precision, true, false, 0, 2101, 20, 30});
+      check_linear({precision, false, true, 0, 13, 2101, 70});
+      check_linear({precision, false, false, 0, 2100, 790, 7});
+    }
+    check_ffn(Cpu{}, {DType::kFloat32, Activation::kGelu, 1100, 20, 30});
+  });
+}
+
 TEST(cross_entropy_at_every_level) {
   at_every_level([] {
     for (const Precision& precision : kPrecisions)
