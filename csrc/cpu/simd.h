@@ -178,18 +178,28 @@ GPT_EXT_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
+// x's lanes turned by kShift: lane i + kShift of x becomes lane i.
+template <size_t kShift, class V, size_t... i>
+GPT_EXT_INLINE V turn(V x, std::index_sequence<i...>) {
+  return __builtin_shufflevector(x, x, ((i + kShift) % sizeof...(i))...);
+}
+
 // Horizontal sum and maximum, halving: the order of additions is fixed.
+template <class T, size_t kWidth = kLanes<T> / 2, class F>
+GPT_EXT_INLINE T reduce(Vec<T> x, const F& f) {
+  if constexpr (kWidth == 0)
+    return x[0];
+  else
+    return reduce<T, kWidth / 2>(f(x, turn<kWidth>(x, std::make_index_sequence<kLanes<T>>())), f);
+}
 template <class T>
 GPT_EXT_INLINE T reduce_sum(Vec<T> x) {
-  for (int width = kLanes<T> / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) x[i] += x[i + width];
-  return x[0];
+  return reduce<T>(x, [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return a + b; });
 }
 template <class T>
 GPT_EXT_INLINE T reduce_max(Vec<T> x) {
-  for (int width = kLanes<T> / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
-  return x[0];
+  return reduce<T>(
+      x, [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return maximum<T>(a, b); });
 }
 
 template <class T>
