@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import jsonargparse
 
@@ -13,6 +14,18 @@ class Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         sys.exit(fail(message))
+
+    def add_fields(self, options: Any) -> None:
+        """An argument for each field of a dataclass that has a line of help."""
+        types = get_type_hints(options)
+        for field in dataclasses.fields(options):
+            if "help" in field.metadata:
+                self.add_argument(
+                    f"--{field.name.replace('_', '-')}",
+                    type=types[field.name],
+                    default=field.default,
+                    help=field.metadata["help"],
+                )
 
 
 def fail(message: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any, get_type_hints
+from typing import Any
 
 from gpt_ext.commands import Parser
 from gpt_ext.data import MANIFEST
@@ -18,15 +18,7 @@ def parser() -> Parser:
         "inputs", nargs="+", type=str, help="text files, JSON lines, folders of them; - is stdin"
     )
     parser.add_argument("--out", type=str, required=True, help="the folder of the data set")
-    types = get_type_hints(PrepareOptions)
-    for field in dataclasses.fields(PrepareOptions):
-        if "help" in field.metadata:
-            parser.add_argument(
-                f"--{field.name.replace('_', '-')}",
-                type=types[field.name],
-                default=field.default,
-                help=field.metadata["help"],
-            )
+    parser.add_fields(PrepareOptions)
     return parser
 
 

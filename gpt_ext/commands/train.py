@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -50,15 +50,8 @@ def parser() -> Parser:
     )
     parser.add_argument("--out", type=str, help="the folder of the new run")
     parser.add_argument("--resume", type=str, help="go on with this run, as if never stopped")
-    for options in (ModelOptions, TrainOptions):
-        types = get_type_hints(options)
-        for field in dataclasses.fields(options):
-            parser.add_argument(
-                f"--{field.name.replace('_', '-')}",
-                type=types[field.name],
-                default=field.default,
-                help=field.metadata["help"],
-            )
+    parser.add_fields(ModelOptions)
+    parser.add_fields(TrainOptions)
     return parser
 
 
