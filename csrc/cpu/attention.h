@@ -35,37 +35,37 @@ Storage* head_data(Heads x, const AttentionProblem& p, int64_t head) {
   return static_cast<Storage*>(x.data) + b * x.batch + h * x.head;
 }
 
-// Rows [0, rows) of x (., dim) to out (rows, row_stride).
-template <class Sum, class Storage>
-void copy_rows(Matrix<Storage> x, int64_t rows, int64_t dim, Sum* out) {
-  for (int64_t i = 0; i < rows; ++i)
-    for_columns<Sum>(dim, [&](int64_t c, auto part) {
-      store(out + i * row_stride<Sum>(dim) + c, load(x.data + i * x.row + c, part));
-    });
+// Rows [0, rows) of x (., dim) as they are multiplied from the left, steps of dim side by side:
+// out (rows, row_stride).
+template <class E, class Storage>
+void copy_rows(Matrix<Storage> x, int64_t rows, int64_t dim, typename E::Operand* out) {
+  using Operand = typename E::Operand;
+  const int64_t steps = steps_of_depth<E>(dim);
+  for (int64_t i = 0; i < rows; ++i) {
+    Operand* row = out + i * row_stride<Operand>(steps);
+    if constexpr (kIsPairs<E, Storage>) {
+      row[steps - 1] = 0;  // the second half of the last step, where dim is odd
+      std::memcpy(row, x.data + i * x.row, dim * sizeof(Storage));
+    } else {
+      for_columns<Operand>(
+          dim, [&](int64_t c, auto part) { store(row + c, load(x.data + i * x.row + c, part)); });
+    }
+  }
 }
 
-// Rows [0, rows) of x (., dim) to the columns of out (dim, kBlock), padded with zeros to whole
-// vectors: a square at a time, those at the edges with zeros beyond.
-template <class Sum, class Storage>
-void transpose_rows(Matrix<Storage> x, int64_t rows, int64_t dim, Sum* out) {
-  constexpr int64_t kSide = kLanes<Sum>;
-  for (int64_t i = 0; i < rows; i += kSide)
-    for (int64_t c = 0; c < dim; c += kSide) {
-      const Storage* from = x.data + i * x.row + c;
-      Sum* to = out + c * kBlock + i;
-      Vec<Sum> square[kSide] = {};
-      if (i + kSide <= rows && c + kSide <= dim) {
-        for (int64_t r = 0; r < kSide; ++r) square[r] = load(from + r * x.row);
-        transpose<Sum>(square);
-        for (int64_t r = 0; r < kSide; ++r) store(to + r * kBlock, square[r]);
-      } else {
-        const int64_t width = std::min(kSide, dim - c);
-        for (int64_t r = 0; r < std::min(kSide, rows - i); ++r)
-          square[r] = width == kSide ? load(from + r * x.row) : load(from + r * x.row, width);
-        transpose<Sum>(square);
-        for (int64_t r = 0; r < width; ++r) store(to + r * kBlock, square[r]);
-      }
-    }
+// The same rows as they are multiplied from the right and summed over: out (steps of rows,
+// row_stride(dim)).
+template <class E, class Storage>
+void join_rows(Matrix<Storage> x, int64_t rows, int64_t dim, typename E::Operand* out) {
+  join_rows<E>(x, rows, 0, steps_of_depth<E>(rows), 0, dim, out,
+               row_stride<typename E::Operand>(dim), Unchanged{});
+}
+
+// Transposed, to the columns of out (steps of dim, kBlock), padded with zeros to whole vectors.
+template <class E, class Storage>
+void transpose_rows(Matrix<Storage> x, int64_t rows, int64_t dim, typename E::Operand* out) {
+  transpose_columns<E>(Matrix<Storage>{x.data, 1, x.row}, dim, 0, steps_of_depth<E>(dim), 0, rows,
+                       out, kBlock, Unchanged{});
 }
 
 // Row x (dim), times factor, to a tensor's row.
@@ -127,51 +127,58 @@ class Prefetch {
   int64_t count_ = 0, at_ = 0, row_ = 0;  // matrices; the one, and its row, that come next
 };
 
-// The sum over dim, for the scores of queries [., i_end) and keys [j, .): nothing where every key
-// lies in the future.
+// What of a product matters to a tile: a range of the sum, and columns before `end`.
+struct TileSteps {
+  Range sum;
+  int64_t end = std::numeric_limits<int64_t>::max();
+};
+
+// The sum over dim, for the scores of queries [., i_end): of keys in the future, none.
 struct ScoreSteps {
   int64_t dim, ahead;
-  Range operator()(int64_t, int64_t i_end, int64_t j) const {
-    return {0, j < i_end + ahead ? dim : 0};
-  }
+  TileSteps operator()(int64_t, int64_t i_end) const { return {{0, dim}, i_end + ahead}; }
 };
 
 // A sum over keys, for queries [., i_end): those that the last of them sees.
 struct KeySteps {
   int64_t keys, ahead;
-  Range operator()(int64_t, int64_t i_end, int64_t) const {
-    return {0, std::min(keys, i_end + ahead)};
+  TileSteps operator()(int64_t, int64_t i_end) const {
+    return {{0, std::min(keys, i_end + ahead)}};
   }
 };
 
 // A sum over queries, for keys [j, .): those that see the first of them.
 struct QuerySteps {
   int64_t queries, ahead;
-  Range operator()(int64_t j, int64_t, int64_t) const {
-    return {std::max<int64_t>(0, j - ahead), queries};
+  TileSteps operator()(int64_t j, int64_t) const {
+    return {{std::max<int64_t>(0, j - ahead), queries}};
   }
 };
+static_assert(kTileRows % 2 == 0);  // so that a tile's first query begins a pair
 
 // a (rows, .) times b (., columns), tile by tile: epilogue(i, j, x) gets the vector from column j
-// on of row i. Rows of b are b_row apart and padded to whole vectors. steps_of(i, i_end, j) is the
-// range of the sum that matters to the tile of rows [i, i_end) from column j on; empty: the tile is
-// left out.
-template <class Sum, class StepsOf, class Epilogue>
-__attribute__((noinline)) void multiply_tiles(int64_t rows, int64_t columns, Matrix<Sum> a,
-                                              const Sum* b, int64_t b_row, const StepsOf& steps_of,
-                                              Prefetch& prefetch, const Epilogue& epilogue) {
+// on of row i. Rows of b are b_row apart and padded to whole vectors. steps_of(i, i_end) is what
+// matters to the tile of rows [i, i_end).
+template <class E, class StepsOf, class Epilogue>
+__attribute__((noinline)) void multiply_tiles(int64_t rows, int64_t columns,
+                                              Matrix<typename E::Operand> a,
+                                              const typename E::Operand* b, int64_t b_row,
+                                              const StepsOf& steps_of, Prefetch& prefetch,
+                                              const Epilogue& epilogue) {
+  using Sum = typename E::Sum;
   for (int64_t j = 0; j < columns; j += kTileColumns<Sum>) {
-    const int64_t width = std::min(kTileColumns<Sum>, columns - j);
     for (int64_t i = 0; i < rows; i += kTileRows) {
       const int64_t tile_rows = std::min<int64_t>(kTileRows, rows - i);
-      const Range k = steps_of(i, i + tile_rows, j);
-      if (k.begin >= k.end) continue;
+      const TileSteps steps = steps_of(i, i + tile_rows);
+      const int64_t width = std::min({kTileColumns<Sum>, columns - j, steps.end - j});
+      const int64_t k = steps.sum.begin / E::kDepth, k_end = steps_of_depth<E>(steps.sum.end);
+      if (k >= k_end || width <= 0) continue;
       prefetch.a_few_rows();
-      const Matrix<Sum> tile{a.data + i * a.row + k.begin * a.column, a.row, a.column};
+      const Matrix<typename E::Operand> tile{a.data + i * a.row + k * a.column, a.row, a.column};
       with_tile_shape<Sum>(
           tile_rows, width, [&]<int kVectors>(auto tile_rows) __attribute__((always_inline)) {
-            multiply_tile<Elements<Sum>, kVectors>(
-                tile_rows, k.end - k.begin, tile, b + k.begin * b_row + j,
+            multiply_tile<E, kVectors>(
+                tile_rows, k_end - k, tile, b + k * b_row + j,
                 b_row, [&](int64_t r, int64_t c, Vec<Sum> x) __attribute__((always_inline)) {
                   epilogue(i + r, j + c, x);
                 });

@@ -28,46 +28,81 @@ void attention_backward(Cpu, const AttentionBackward& p) {
 
 namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
+// P^T or dS^T of a block, summed over queries: element (key, step of queries) lies at data[step *
+// kBlock + key].
+template <class E>
+struct QuerySums {
+  using Operand = typename E::Operand;
+  using Sum = typename E::Sum;
+  Operand* data;
+
+  // Elements of keys [j, j + a vector's) of query i; of a pair of queries, the first one first.
+  GPT_EXT_INLINE void put(int64_t i, int64_t j, Vec<Sum> x) const {
+    Operand* out = data + i / E::kDepth * kBlock + j;
+    if constexpr (E::kDepth == 1)
+      store(out, x);
+    else
+      E::put_half(out, i % 2, x);
+  }
+  Matrix<Operand> matrix() const { return {data, 1, kBlock}; }
+};
+
 // What a task computes from the blocks with these queries and keys. Both ranges begin at a block.
 struct BackwardPart {
   Range queries, keys;
   bool dq, dkv;
 };
 
-template <class Sum>
+template <class E>
 struct BackwardScratch {
-  Sum *q, *dout, *dq, *delta, *k, *k_t, *v_t, *dk, *dv, *p, *ds, *dropout;
+  using Operand = typename E::Operand;
+  using Sum = typename E::Sum;
+  // As left operands, summed over D or, of dS, over keys.
+  Operand *q, *dout, *ds;
+  // As right operands, summed over D, over keys, and over queries.
+  Operand *k_t, *v_t, *k, *q_right, *dout_right;
+  // P and dS transposed, as left operands summed over queries.
+  QuerySums<E> p_t, ds_t;
+  Sum *delta, *p, *dq, *dk, *dv, *dropout;
   size_t bytes;
 
   BackwardScratch(std::byte* memory, const AttentionProblem& problem) {
-    const int64_t row = row_stride<Sum>(problem.dim), time = problem.time, dim = problem.dim;
+    const int64_t time = problem.time, dim = problem.dim, steps = steps_of_depth<E>(dim);
+    const int64_t left = row_stride<Operand>(steps), right = row_stride<Operand>(dim);
+    const int64_t row = row_stride<Sum>(dim);
     Carver carver(memory);
-    q = carver.take<Sum>(time * row);        // (queries of the part, D)
-    dout = carver.take<Sum>(time * row);     // (queries of the part, D)
-    dq = carver.take<Sum>(time * row);       // (queries of the part, D), not yet times scale
-    delta = carver.take<Sum>(time);          // (queries of the part)
-    k = carver.take<Sum>(kBlock * row);      // (keys, D)
-    k_t = carver.take<Sum>(dim * kBlock);    // (D, keys)
-    v_t = carver.take<Sum>(dim * kBlock);    // (D, keys)
-    dk = carver.take<Sum>(kBlock * row);     // (keys, D), not yet times scale
-    dv = carver.take<Sum>(kBlock * row);     // (keys, D)
-    p = carver.take<Sum>(kBlock * kBlock);   // (queries, keys)
-    ds = carver.take<Sum>(kBlock * kBlock);  // (queries, keys)
+    q = carver.take<Operand>(time * left);       // (queries of the part, D)
+    dout = carver.take<Operand>(time * left);    // (queries of the part, D)
+    dq = carver.take<Sum>(time * row);           // (queries of the part, D), not yet times scale
+    delta = carver.take<Sum>(time);              // (queries of the part)
+    k = carver.take<Operand>(kBlock * right);    // (keys, D)
+    k_t = carver.take<Operand>(steps * kBlock);  // (D, keys)
+    v_t = carver.take<Operand>(steps * kBlock);  // (D, keys)
+    dk = carver.take<Sum>(kBlock * row);         // (keys, D), not yet times scale
+    dv = carver.take<Sum>(kBlock * row);         // (keys, D)
+    p = carver.take<Sum>(kBlock * kBlock);       // (queries, keys)
+    ds = carver.take<Operand>(kBlock * kBlock);  // (queries, keys)
     dropout = carver.take<Sum>(problem.dropout_p > 0 ? kBlock * kBlock : 0);  // (queries, keys)
+    // Elements one by one lie the same on either side.
+    if constexpr (E::kDepth == 1) {
+      q_right = q, dout_right = dout, p_t = {p}, ds_t = {ds};
+    } else {
+      q_right = carver.take<Operand>(steps_of_depth<E>(time) * right);
+      dout_right = carver.take<Operand>(steps_of_depth<E>(time) * right);
+      p_t = {carver.take<Operand>(kBlock / 2 * kBlock)};
+      ds_t = {carver.take<Operand>(kBlock / 2 * kBlock)};
+    }
     bytes = carver.used();
   }
 };
 
-// Rows [0, rows) of dout (., dim) to copy (rows, row_stride); delta_i = sum_d dout_id out_id.
+// delta_i = sum_d dout_id out_id for rows [0, rows).
 template <class Sum, class Storage>
-void copy_dout(Matrix<Storage> dout, Matrix<Storage> out, int64_t rows, int64_t dim, Sum* copy,
-               Sum* delta) {
+void dot_rows(Matrix<Storage> dout, Matrix<Storage> out, int64_t rows, int64_t dim, Sum* delta) {
   for (int64_t i = 0; i < rows; ++i) {
     Vec<Sum> sum{};
     for_columns<Sum>(dim, [&](int64_t c, auto part) {
-      const Vec<Sum> x = load(dout.data + i * dout.row + c, part);
-      store(copy + i * row_stride<Sum>(dim) + c, x);
-      sum += x * load(out.data + i * out.row + c, part);
+      sum += load(dout.data + i * dout.row + c, part) * load(out.data + i * out.row + c, part);
     });
     delta[i] = reduce_sum<Sum>(sum);
   }
@@ -75,13 +110,15 @@ void copy_dout(Matrix<Storage> dout, Matrix<Storage> out, int64_t rows, int64_t 
 
 // Queries [row, row + rows) of a head, of which q, dout, dq and delta lie from `at` on in the
 // scratch, against keys [key, key + keys). lse (rows).
-template <class Sum>
-void backward_block(const AttentionProblem& problem, const BackwardScratch<Sum>& s,
+template <class E, class Sum = typename E::Sum>
+void backward_block(const AttentionProblem& problem, const BackwardScratch<E>& s,
                     const BackwardPart& part, const Sum* lse, int64_t head, int64_t at, int64_t row,
                     int64_t rows, int64_t key, int64_t keys, Prefetch& prefetch) {
-  const int64_t dim = problem.dim, stride = row_stride<Sum>(dim), ahead = row - key;
+  using Operand = typename E::Operand;
+  const int64_t dim = problem.dim, ahead = row - key, stride = row_stride<Sum>(dim);
+  const int64_t left = row_stride<Operand>(steps_of_depth<E>(dim));
+  const int64_t right = row_stride<Operand>(dim);
   const Sum scale = static_cast<Sum>(problem.scale * kLog2E);
-  const Matrix<Sum> q{s.q + at * stride, stride, 1}, dout{s.dout + at * stride, stride, 1};
   const Sum* delta = s.delta + at;
   const bool drops = problem.dropout_p > 0;
   if (drops)
@@ -89,44 +126,45 @@ void backward_block(const AttentionProblem& problem, const BackwardScratch<Sum>&
       attention_dropout_scales(problem, head, row + i, key, keys, s.dropout + i * kBlock);
 
   const ScoreSteps scores{dim, ahead};
-  multiply_tiles(
-      rows, keys, q, s.k_t, kBlock, scores,
+  multiply_tiles<E>(
+      rows, keys, Matrix<Operand>{s.q + at * left, left, 1}, s.k_t, kBlock, scores,
       prefetch, [&](int64_t i, int64_t j, Vec<Sum> x) __attribute__((always_inline)) {
         const Vec<Sum> p = exp2(x * scale - lse[i] * Sum(kLog2E));
         store(s.p + i * kBlock + j, keep_part<Sum>(p, i + ahead + 1 - j));
       });
-  multiply_tiles(
-      rows, keys, dout, s.v_t, kBlock, scores,
+  multiply_tiles<E>(
+      rows, keys, Matrix<Operand>{s.dout + at * left, left, 1}, s.v_t, kBlock, scores,
       prefetch, [&](int64_t i, int64_t j, Vec<Sum> dp) __attribute__((always_inline)) {
-        Sum *p = s.p + i * kBlock + j, *ds = s.ds + i * kBlock + j;
-        const Vec<Sum> undropped = load(p);
-        if (drops) {
-          const Vec<Sum> factor = load(s.dropout + i * kBlock + j);
-          dp *= factor;
-          store(p, undropped * factor);
-        }
-        store(ds, undropped * (dp - delta[i]));
+        const Vec<Sum> p = load(s.p + i * kBlock + j);
+        const Vec<Sum> factor = drops ? load(s.dropout + i * kBlock + j) : broadcast(Sum(1));
+        const Vec<Sum> ds = p * (dp * factor - delta[i]);
+        s.p_t.put(i, j, p * factor);
+        s.ds_t.put(i, j, ds);
+        if constexpr (E::kDepth > 1)
+          store(reinterpret_cast<Element<E>*>(s.ds + i * kBlock) + j, ds);
       });
   if (part.dkv) {
     const QuerySteps queries{rows, ahead};
     const bool first = row == key;
-    multiply_tiles(keys, dim, Matrix<Sum>{s.p, 1, kBlock}, dout.data, stride, queries, prefetch,
-                   AddTo<Sum>{s.dv, stride, first});
-    multiply_tiles(keys, dim, Matrix<Sum>{s.ds, 1, kBlock}, q.data, stride, queries, prefetch,
-                   AddTo<Sum>{s.dk, stride, first});
+    multiply_tiles<E>(keys, dim, s.p_t.matrix(), s.dout_right + at / E::kDepth * right, right,
+                      queries, prefetch, AddTo<Sum>{s.dv, stride, first});
+    multiply_tiles<E>(keys, dim, s.ds_t.matrix(), s.q_right + at / E::kDepth * right, right,
+                      queries, prefetch, AddTo<Sum>{s.dk, stride, first});
   }
   if (part.dq)
-    multiply_tiles(rows, dim, Matrix<Sum>{s.ds, kBlock, 1}, s.k, stride, KeySteps{keys, ahead},
-                   prefetch, AddTo<Sum>{s.dq + at * stride, stride, key == 0});
+    multiply_tiles<E>(rows, dim, Matrix<Operand>{s.ds, kBlock, 1}, s.k, right,
+                      KeySteps{keys, ahead}, prefetch,
+                      AddTo<Sum>{s.dq + at * stride, stride, key == 0});
 }
 
 template <class Storage>
 void attention_backward_part(const AttentionBackward& p, int64_t head, const BackwardPart& part,
                              std::byte* memory) {
-  using Sum = typename Accumulation<Storage>::type;
+  using E = Arithmetic<Storage>;
+  using Sum = typename E::Sum;
   const auto& problem = p.problem;
-  const int64_t dim = problem.dim, stride = row_stride<Sum>(dim);
-  const int64_t first = part.queries.begin, end = part.queries.end;
+  const int64_t dim = problem.dim, first = part.queries.begin;
+  const int64_t end = part.queries.end;
   const auto matrix = [&](ConstHeads x, int64_t t) {
     return from_row(head_matrix<Storage>(x, problem, head), t);
   };
@@ -134,7 +172,7 @@ void attention_backward_part(const AttentionBackward& p, int64_t head, const Bac
     return head_data<Storage>(x, problem, head) + t * x.time;
   };
   const auto* lse = static_cast<const Sum*>(p.lse) + head * problem.time;
-  const BackwardScratch<Sum> s(memory, problem);
+  const BackwardScratch<E> s(memory, problem);
   const Sum scale = static_cast<Sum>(problem.scale);
 
   Prefetch prefetch(problem.time <= kBlock ? problem.time : 0);
@@ -144,16 +182,21 @@ void attention_backward_part(const AttentionBackward& p, int64_t head, const Bac
     for (const ConstHeads& x : {p.q, p.k, p.v, p.dout, p.out})
       prefetch.add(head_matrix<Storage>(x, problem, head + 1), dim);
 
-  copy_rows<Sum>(matrix(p.q, first), end - first, dim, s.q);
-  copy_dout<Sum>(matrix(p.dout, first), matrix(p.out, first), end - first, dim, s.dout, s.delta);
+  const auto copy = [&](Matrix<Storage> x, typename E::Operand* left, typename E::Operand* right) {
+    copy_rows<E>(x, end - first, dim, left);
+    if (right != left) join_rows<E>(x, end - first, dim, right);
+  };
+  copy(matrix(p.q, first), s.q, s.q_right);
+  copy(matrix(p.dout, first), s.dout, s.dout_right);
+  dot_rows(matrix(p.dout, first), matrix(p.out, first), end - first, dim, s.delta);
   for (int64_t key = part.keys.begin; key < part.keys.end; key += kBlock) {
     const int64_t keys = std::min(kBlock, part.keys.end - key);
-    copy_rows<Sum>(matrix(p.k, key), keys, dim, s.k);
-    transpose_rows<Sum>(Matrix<Sum>{s.k, stride, 1}, keys, dim, s.k_t);
-    transpose_rows<Sum>(matrix(p.v, key), keys, dim, s.v_t);
+    join_rows<E>(matrix(p.k, key), keys, dim, s.k);
+    transpose_rows<E>(matrix(p.k, key), keys, dim, s.k_t);
+    transpose_rows<E>(matrix(p.v, key), keys, dim, s.v_t);
     for (int64_t row = std::max(first, key); row < end; row += kBlock)
-      backward_block<Sum>(problem, s, part, lse + row, head, row - first, row,
-                          std::min(kBlock, end - row), key, keys, prefetch);
+      backward_block<E>(problem, s, part, lse + row, head, row - first, row,
+                        std::min(kBlock, end - row), key, keys, prefetch);
     if (part.dkv) {
       store_rows(s.dk, keys, dim, scale, gradient(p.dk, key), p.dk.time);
       store_rows(s.dv, keys, dim, Sum(1), gradient(p.dv, key), p.dv.time);
@@ -164,10 +207,9 @@ void attention_backward_part(const AttentionBackward& p, int64_t head, const Bac
 
 template <class Storage>
 void attention_backward_typed(const AttentionBackward& p) {
-  using Sum = typename Accumulation<Storage>::type;
   const int64_t heads = p.problem.batch * p.problem.heads, time = p.problem.time;
   const int64_t blocks = (time + kBlock - 1) / kBlock;
-  const size_t bytes = BackwardScratch<Sum>(nullptr, p.problem).bytes;
+  const size_t bytes = BackwardScratch<Arithmetic<Storage> >(nullptr, p.problem).bytes;
   const auto run = [&](int64_t head, const BackwardPart& part, std::byte* memory) {
     attention_backward_part<Storage>(p, head, part, memory);
   };

@@ -4,6 +4,7 @@
 // A task owns one block of 144 queries of a head, or eight. For each block of 144 keys it copies
 // K^T and V once, then takes its queries block by block: scores S = Q K^T; the row's new maximum m;
 // P = exp2(S - m); what was summed before shrinks by exp2(m_old - m); l += row sums of P; O += P V.
+// Where the level multiplies pairs of bfloat16, P is rounded to it, after l's sums are taken.
 // At the end out = O / l and lse = ln 2 (m + log2 l). Tiles above the diagonal are never computed.
 
 #ifndef GPT_EXT_SIMD_LEVEL
@@ -23,36 +24,41 @@ void attention_forward(Cpu, const AttentionForward& p) { GPT_EXT_CALL_LEVEL(atte
 
 namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
-template <class Sum>
+template <class E>
 struct ForwardScratch {
-  Sum *q, *o, *scores, *k_t, *v, *max, *sum;
+  using Operand = typename E::Operand;
+  using Sum = typename E::Sum;
+  Operand *q, *k_t, *v;
+  Sum *o, *scores, *max, *sum;
   size_t bytes;
 
   ForwardScratch(std::byte* memory, int64_t rows, int64_t dim) {
-    const int64_t row = row_stride<Sum>(dim);
+    const int64_t steps = steps_of_depth<E>(dim);
     Carver carver(memory);
-    q = carver.take<Sum>(rows * row);            // (rows, D)
-    o = carver.take<Sum>(rows * row);            // (rows, D), not yet divided by l
-    scores = carver.take<Sum>(kBlock * kBlock);  // (queries, keys): S, then P
-    k_t = carver.take<Sum>(dim * kBlock);        // K^T (D, keys)
-    v = carver.take<Sum>(kBlock * row);          // V (keys, D)
-    max = carver.take<Sum>(rows);                // m (rows), in units of log 2
-    sum = carver.take<Sum>(rows);                // l (rows)
+    q = carver.take<Operand>(rows * row_stride<Operand>(steps));  // (rows, D)
+    k_t = carver.take<Operand>(steps * kBlock);                   // K^T (D, keys)
+    v = carver.take<Operand>(kBlock * row_stride<Operand>(dim));  // V (keys, D)
+    o = carver.take<Sum>(rows * row_stride<Sum>(dim));            // (rows, D), not yet over l
+    scores = carver.take<Sum>(kBlock * kBlock);                   // S (queries, keys), then P
+    max = carver.take<Sum>(rows);                                 // m (rows), in units of log 2
+    sum = carver.take<Sum>(rows);                                 // l (rows)
     bytes = carver.used();
   }
 };
 
-// One row's step of the online softmax: scores become probabilities. Returns the factor by which
+// One row's step of the online softmax: scores become probabilities, times dropout's scales unless
+// these are null, in the format of operands at the row's beginning. Returns the factor by which
 // what was summed before must shrink.
-template <class Sum>
-Vec<Sum> online_softmax(Sum* scores, int64_t keys, Sum& max, Sum& sum) {
+template <class E, class Sum = typename E::Sum>
+Vec<Sum> online_softmax(Sum* scores, int64_t keys, const Sum* scales, Sum& max, Sum& sum) {
   Vec<Sum> largest = broadcast(max);
   for (int64_t j = 0; j < keys; j += kLanes<Sum>) largest = maximum<Sum>(largest, load(scores + j));
   const Sum new_max = reduce_max<Sum>(largest);
+  auto* out = reinterpret_cast<Element<E>*>(scores);
   Vec<Sum> total{};
   for (int64_t j = 0; j < keys; j += kLanes<Sum>) {
     const Vec<Sum> probability = exp2(load(scores + j) - new_max);
-    store(scores + j, probability);
+    store(out + j, scales ? probability * load(scales + j) : probability);
     total += probability;
   }
   const Vec<Sum> shrink = exp2(broadcast(max - new_max));
@@ -63,16 +69,20 @@ Vec<Sum> online_softmax(Sum* scores, int64_t keys, Sum& max, Sum& sum) {
 
 // Queries [row, row + rows) of a head, of which q, o, max and sum lie from `at` on in the scratch,
 // against keys [key, key + keys).
-template <class Sum>
-void forward_block(const AttentionProblem& problem, const ForwardScratch<Sum>& s, int64_t head,
+template <class E>
+void forward_block(const AttentionProblem& problem, const ForwardScratch<E>& s, int64_t head,
                    int64_t at, int64_t row, int64_t rows, int64_t key, int64_t keys,
                    Prefetch& prefetch) {
+  using Operand = typename E::Operand;
+  using Sum = typename E::Sum;
   const int64_t dim = problem.dim, stride = row_stride<Sum>(dim), ahead = row - key;
+  const int64_t q_stride = row_stride<Operand>(steps_of_depth<E>(dim));
   const Sum scale = static_cast<Sum>(problem.scale * kLog2E);
   Sum* o = s.o + at * stride;
 
-  multiply_tiles(
-      rows, keys, Matrix<Sum>{s.q + at * stride, stride, 1}, s.k_t, kBlock, ScoreSteps{dim, ahead},
+  multiply_tiles<E>(
+      rows, keys, Matrix<Operand>{s.q + at * q_stride, q_stride, 1}, s.k_t, kBlock,
+      ScoreSteps{dim, ahead},
       prefetch, [&](int64_t i, int64_t j, Vec<Sum> x) __attribute__((always_inline)) {
         constexpr Sum kMasked = -std::numeric_limits<Sum>::infinity();
         store(s.scores + i * kBlock + j, keep_part<Sum>(x * scale, i + ahead + 1 - j, kMasked));
@@ -81,26 +91,25 @@ void forward_block(const AttentionProblem& problem, const ForwardScratch<Sum>& s
     // What the product below reads: keys up to the last query of this row's tile.
     const int64_t tile_end = std::min(rows, (i / kTileRows + 1) * kTileRows);
     const int64_t read = round_up<Sum>(std::min(keys, tile_end + ahead));
-    Sum* scores = s.scores + i * kBlock;
-    const Vec<Sum> shrink = online_softmax<Sum>(scores, read, s.max[at + i], s.sum[at + i]);
-    if (problem.dropout_p > 0) {
-      Sum scales[kBlock];
-      attention_dropout_scales(problem, head, row + i, key, read, scales);
-      for (int64_t j = 0; j < read; j += kLanes<Sum>)
-        store(scores + j, load(scores + j) * load(scales + j));
-    }
+    Sum scales[kBlock];
+    if (problem.dropout_p > 0) attention_dropout_scales(problem, head, row + i, key, read, scales);
+    const Vec<Sum> shrink =
+        online_softmax<E>(s.scores + i * kBlock, read, problem.dropout_p > 0 ? scales : nullptr,
+                          s.max[at + i], s.sum[at + i]);
     if (key > 0)
       for (int64_t c = i * stride; c < i * stride + dim; c += kLanes<Sum>)
         store(o + c, load(o + c) * shrink);
   }
-  multiply_tiles(rows, dim, Matrix<Sum>{s.scores, kBlock, 1}, s.v, stride, KeySteps{keys, ahead},
-                 prefetch, AddTo<Sum>{o, stride, key == 0});
+  multiply_tiles<E>(
+      rows, dim, Matrix<Operand>{reinterpret_cast<const Operand*>(s.scores), kBlock, 1}, s.v,
+      row_stride<Operand>(dim), KeySteps{keys, ahead}, prefetch, AddTo<Sum>{o, stride, key == 0});
 }
 
 template <class Storage>
 void attention_forward_task(const AttentionForward& p, int64_t head, int64_t first, int64_t end,
                             std::byte* memory) {
-  using Sum = typename Accumulation<Storage>::type;
+  using E = Arithmetic<Storage>;
+  using Sum = typename E::Sum;
   const auto& problem = p.problem;
   const int64_t dim = problem.dim, stride = row_stride<Sum>(dim);
   const int64_t rows = end - first;
@@ -109,7 +118,7 @@ void attention_forward_task(const AttentionForward& p, int64_t head, int64_t fir
              v = head_matrix<Storage>(p.v, problem, head);
   Storage* out = head_data<Storage>(p.out, problem, head) + first * p.out.time;
   auto* lse = static_cast<Sum*>(p.lse) + head * problem.time + first;
-  const ForwardScratch<Sum> s(memory, rows, dim);
+  const ForwardScratch<E> s(memory, rows, dim);
 
   Prefetch prefetch(problem.time <= kBlock ? problem.time : 0);
   prefetch.add(Matrix<Storage>{out, p.out.time, 1}, dim);
@@ -117,16 +126,16 @@ void attention_forward_task(const AttentionForward& p, int64_t head, int64_t fir
     for (const ConstHeads& x : {p.q, p.k, p.v})
       prefetch.add(head_matrix<Storage>(x, problem, head + 1), dim);
 
-  copy_rows<Sum>(from_row(q, first), rows, dim, s.q);
+  copy_rows<E>(from_row(q, first), rows, dim, s.q);
   std::fill_n(s.max, rows, -std::numeric_limits<Sum>::infinity());
   std::fill_n(s.sum, rows, Sum(0));
   for (int64_t key = 0; key < end; key += kBlock) {
     const int64_t keys = std::min(kBlock, end - key);
-    transpose_rows<Sum>(from_row(k, key), keys, dim, s.k_t);
-    copy_rows<Sum>(from_row(v, key), keys, dim, s.v);
+    transpose_rows<E>(from_row(k, key), keys, dim, s.k_t);
+    join_rows<E>(from_row(v, key), keys, dim, s.v);
     for (int64_t row = std::max(first, key); row < end; row += kBlock)
-      forward_block(problem, s, head, row - first, row, std::min(kBlock, end - row), key, keys,
-                    prefetch);
+      forward_block<E>(problem, s, head, row - first, row, std::min(kBlock, end - row), key, keys,
+                       prefetch);
   }
   for (int64_t i = 0; i < rows; ++i) {
     store_row(s.o + i * stride, dim, 1 / s.sum[i], out + i * p.out.time);
@@ -136,14 +145,14 @@ void attention_forward_task(const AttentionForward& p, int64_t head, int64_t fir
 
 template <class Storage>
 void attention_forward_typed(const AttentionForward& p) {
-  using Sum = typename Accumulation<Storage>::type;
   const int64_t heads = p.problem.batch * p.problem.heads, time = p.problem.time;
   const int64_t blocks = (time + kBlock - 1) / kBlock;
   // Eight blocks a task repay copying K and V for each; one, where there is little to share out.
   const int64_t task_rows = heads * blocks < 32 * max_threads() ? kBlock : 8 * kBlock;
   const int64_t tasks_a_head = (time + task_rows - 1) / task_rows;
   const int64_t tasks = heads * tasks_a_head;
-  const size_t bytes = ForwardScratch<Sum>(nullptr, std::min(time, task_rows), p.problem.dim).bytes;
+  const size_t bytes =
+      ForwardScratch<Arithmetic<Storage> >(nullptr, std::min(time, task_rows), p.problem.dim).bytes;
   parallel_for_runs(tasks, tasks_a_run(tasks), bytes, [&](int64_t task, std::byte* memory) {
     const int64_t first = (tasks_a_head - 1 - task / heads) * task_rows;  // longest first
     attention_forward_task<Storage>(p, task % heads, first, std::min(time, first + task_rows),

@@ -40,6 +40,16 @@ struct Bf16Pairs {
   GPT_EXT_INLINE static Vec<uint32_t> join(const Vec<float> (&x)[2]) {
     return round_to_bf16(x[0]) | round_to_bf16(x[1]) << 16;
   }
+  // The first halves of pairs, with zeros for second ones, or these beside them.
+  GPT_EXT_INLINE static void put_half(uint32_t* pairs, bool second, Vec<float> x) {
+    Vec<uint32_t> bits = round_to_bf16(x);
+    if (second) {
+      Vec<uint32_t> first;
+      std::memcpy(&first, pairs, sizeof first);
+      bits = first | bits << 16;
+    }
+    store(pairs, bits);
+  }
 };
 template <class E, class Storage>
 constexpr bool kIsPairs = std::is_same_v<E, Bf16Pairs> && std::is_same_v<Storage, bf16>;
@@ -52,6 +62,10 @@ using Arithmetic = Elements<typename Accumulation<Storage>::type>;
 template <class E, class Storage>
 constexpr bool kIsPairs = false;
 #endif
+
+// The elements whose consecutive ones an operand is made of.
+template <class E>
+using Element = std::conditional_t<E::kDepth == 2, bf16, typename E::Sum>;
 
 // Element (i, j) of a matrix lies at data[i * row + j * column].
 template <class T>
@@ -101,8 +115,11 @@ GPT_EXT_INLINE void multiply_tile(Rows rows, int64_t steps, Matrix<typename E::O
       for (int v = 0; v < kVectors; ++v) sum[r][v] = E::multiply_add(x, y[v], sum[r][v]);
     }
   }
+  // Unrolled at once: else sums whose epilogue is long stay in memory, and k's loop stores them.
+#pragma GCC unroll 6
   for (int r = 0; r < kTileRows; ++r) {
     if (r >= rows) break;
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) epilogue(r, v * kLanes<Sum>, sum[r][v]);
   }
 }
