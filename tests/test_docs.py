@@ -6,7 +6,7 @@ What becomes of a block is said by its language:
     bash        runs, and must succeed
     console     runs what follows `$ `, and compares its output; ... stands for anything
     toml        is written to the file that its first line names
-    cpp         must compile
+    cpp         likewise, and must compile
     text        is there to be read, and so is what is indented; no command begins it
 
 The HTML comment `<!-- skip: next "why" -->` leaves the next block out, and one that begins
@@ -87,19 +87,26 @@ def evaluate_console(example: Example) -> str | None:
     return None
 
 
+def write_file(example: Example) -> Path:
+    """Writes what begins with a comment that is a path."""
+    path = Path(example.parsed.split(maxsplit=2)[1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(example.parsed)
+    return path
+
+
 def evaluate_toml(example: Example) -> None:
-    name = example.parsed.splitlines()[0].removeprefix("# ")
-    Path(name).write_text(example.parsed)
+    write_file(example)
 
 
 def evaluate_cpp(example: Example) -> str | None:
     compiler = shutil.which("c++")
     if compiler is None:
         raise SkipTest("no C++ compiler on this machine")
-    folders = [ROOT / "csrc", ROOT / "tests/native/cuda_on_host"]
-    flags = ["-std=c++20", "-fsyntax-only", *(f"-I{folder}" for folder in folders)]
+    folders = ["csrc", ROOT / "csrc", ROOT / "tests/native/cuda_on_host"]
+    flags = ["-std=c++20", "-fopenmp", "-fsyntax-only", *(f"-I{folder}" for folder in folders)]
     done = subprocess.run(
-        [compiler, *flags, "-x", "c++", "-"], input=example.parsed, capture_output=True, text=True
+        [compiler, *flags, "-x", "c++", write_file(example)], capture_output=True, text=True
     )
     return done.stderr if done.returncode else None
 
