@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # for our own extensions
 os.environ["COLUMNS"] = "88"  # argparse's width of help, and rich's
+os.environ["OMP_WAIT_POLICY"] = "passive"  # so that a busy machine does not slow the notebook
 
 project = "gpt_ext"
 version = release = importlib.metadata.version("gpt-ext")
