@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CSRC := $(shell find csrc -type f)
 NATIVE := $(CSRC) $(shell find tests/native tests/consumer benchmarks/native cmake -type f)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint docs clean
 
 demo: .venv/installed
 	$(BIN)/gpt-ext demo
@@ -27,6 +27,10 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
+
+# The site, in build/docs/index.html; the notebook is executed for it.
+docs: .venv/docs
+	$(BIN)/sphinx-build -W --keep-going -n -E -q -c docs . build/docs
 
 clean:
 	rm -rf build dist *.egg-info gpt_ext/_C*.so .venv/installed
@@ -46,6 +50,10 @@ clean:
 
 .venv/dev: .venv/installed
 	$(INSTALL) --no-build-isolation --editable '.[dev]'
+	touch $@
+
+.venv/docs: .venv/installed
+	$(INSTALL) --no-build-isolation --editable '.[docs]'
 	touch $@
 
 # The kernels, their native tests and the C++ harness, without torch.

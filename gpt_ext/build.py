@@ -15,16 +15,17 @@ OLDEST_CUDA_CAPABILITY = (8, 0)
 def build_info() -> dict[str, Any]:
     """Facts of the build and of this machine, ready for json.dumps.
 
-    Returns:
-        version: of gpt_ext.
-        torch_built_with, torch_running: versions of torch; they may differ (stable ABI).
-        compiler: of the C++ code.
-        simd_levels_compiled, simd_levels_supported: lists, narrowest first; supported are those
-            compiled that this CPU has.
-        simd_level: the one in use; the environment variable GPT_EXT_SIMD forces another.
-        cuda_architectures: compiled into this build, an empty list without CUDA.
-        device: the GPU the CUDA backend would use, or None.
-        why_no_cuda: why the CUDA backend cannot be used here, or None if it can.
+    Its keys:
+
+    * version: of gpt_ext.
+    * torch_built_with, torch_running: versions of torch; they may differ (stable ABI).
+    * compiler: of the C++ code.
+    * simd_levels_compiled, simd_levels_supported: lists, narrowest first; supported are those
+      compiled that this CPU has.
+    * simd_level: the one in use; the environment variable GPT_EXT_SIMD forces another.
+    * cuda_architectures: compiled into this build, an empty list without CUDA.
+    * device: the GPU the CUDA backend would use, or None.
+    * why_no_cuda: why the CUDA backend cannot be used here, or None if it can.
     """
     facts = _C.build_facts()
     why_no_cuda = _why_no_cuda(facts)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
-import child
 import onnxruntime
 import pytest
 import torch
 import transformers
 from architectures import NanoGPT
+from shell import gpt_ext
 
 from gpt_ext import GPT, checkpoint, pretrained
 from gpt_ext.tokenizer import CharTokenizer
 
 MODEL = dict(context_length=16, model_dim=24, num_blocks=2, num_heads=4)
 LETTERS = CharTokenizer("\n abcdefghijklmnopq")
-
-
-def gpt_ext(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return child.run([*map(str, arguments)])
 
 
 @pytest.fixture

@@ -7,13 +7,11 @@ import io
 import itertools
 import json
 import os
-import random
 import re
 import resource
 import signal
 import sys
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,70 +20,25 @@ import pytest
 import tiktoken
 import tokenizers
 import torch
-from corpus import sentences
+from corpus import SCRIPTS, mixed, sentences, written
 from tiktoken_ext import openai_public
 from torch import Tensor
 
 from gpt_ext import corpus, progress
 from gpt_ext import prepare as module
 from gpt_ext.bpe import END
-from gpt_ext.corpus import Source, pieces
 from gpt_ext.data import DataSet, open_dataset
 from gpt_ext.errors import UserError
 from gpt_ext.prepare import PrepareOptions, prepare
 from gpt_ext.tokenizer import CharTokenizer, load_tokenizer
-
-SCRIPTS = "Grüße, 東京! 🌍\r\n\n\tx  = 12 345;\n\n  don't… «да» _a_b\n"
-
-
-def mixed(characters: int) -> str:
-    """Words, numbers, other scripts and white space of all kinds, in no order."""
-    draw = random.Random(1)
-    parts = [*sentences(2000).split(" "), *SCRIPTS.split(" "), *"   ", "\n", "\n\n", "\t\n "]
-    words = [draw.choice(parts) + draw.choice((" ", " ", "\n", "")) for _ in range(characters)]
-    return "".join(words)[:characters]
 
 
 def made(tmp_path: Path, *inputs: Path | str, **options: Any) -> DataSet:
     return prepare(PrepareOptions(tuple(map(str, inputs)), str(tmp_path / "out"), **options))
 
 
-def written(path: Path, text: str) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(text.encode())
-    return path
-
-
 def all_tokens(dataset: DataSet) -> Tensor:
     return torch.cat((dataset.training, dataset.validation)).long()
-
-
-@pytest.mark.parametrize(
-    ("text", "most"),
-    [
-        (mixed(400_000), 40_000),
-        ("漢字かな、交じり。\n" * 30_000, 40_000),  # cut at line ends alone
-        ("…" * 3_000_000, 1_200_000),  # cut anywhere
-        ("x", 1),
-        ("", 0),
-    ],
-    ids=["mixed", "lines", "nowhere to cut", "short", "empty"],
-)
-def test_pieces_join_to_the_text_from_wherever_one_ended(
-    tmp_path: Path, text: str, most: int
-) -> None:
-    source = Source(written(tmp_path / "t.txt", text), jsonl=False, text_key="", line_end="")
-    found = [*pieces(source)]
-    assert "".join(piece.text for piece in found) == text
-    assert max((len(piece.text) for piece in found), default=0) <= most
-    assert [piece.ends for piece in found] == [False] * (len(found) - 1) + [True] * bool(text)
-    raw = text.encode()
-    for before, piece in list(pairwise(found))[::7]:
-        assert raw[before.offset :].startswith(piece.text.encode())
-        head = raw[: before.offset].decode()
-        assert piece.line == head.count("\n") + 1
-        assert piece.column == len(head) - head.rfind("\n")
-        assert next(pieces(source, before.offset)).text[:1000] == piece.text[:1000]
 
 
 def test_a_file_becomes_its_characters_mapped_from_a_file_and_split(tmp_path: Path) -> None:

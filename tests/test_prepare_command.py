@@ -9,15 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-import child
 import pytest
 from corpus import sentences
+from shell import gpt_ext
 
 from gpt_ext.data import open_dataset
-
-
-def gpt_ext(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return child.run([*map(str, arguments)])
 
 
 def test_prepare_tells_what_it_made(tmp_path: Path) -> None:

@@ -2,156 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import reference
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from functorch.compile import make_boxed_func
+from every_op import OPS, Block, Op, assert_close, gradients, parameter_gradients
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
-from gpt_ext.ops import (
-    Norm,
-    _functional,
-    causal_attention,
-    cross_entropy,
-    feed_forward,
-    linear,
-    packed_causal_attention,
-)
-
-
-@dataclasses.dataclass
-class Op:
-    """An op, the shapes of its inputs (the first one's first dim is a batch) and its reference."""
-
-    call: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
-    shapes: list[tuple[int, ...]]
-    raw_forward: str
-    raw_backward: str
-    autocast_dtype: torch.dtype = torch.bfloat16  # of the result
-
-    def inputs(self, device: str, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-        return [torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in self.shapes]
-
-
-def gelu_network(*inputs: Tensor) -> Tensor:
-    return feed_forward(*inputs, activation="gelu")
-
-
-def gelu_reference(*inputs: Tensor) -> Tensor:
-    return reference.feed_forward(*inputs, activation="gelu")
-
-
-def block_linear(x: Tensor, w: Tensor, b: Tensor, *rest: Tensor) -> Tensor:
-    norm_weight, norm_bias, residual = rest
-    return linear(x, w, b, norm=Norm(norm_weight, norm_bias), residual=residual)
-
-
-def linear_reference(x: Tensor, w: Tensor, b: Tensor, *rest: Tensor) -> Tensor:
-    *norm, residual = rest
-    return reference.linear(x, w, b, norm, residual)
-
-
-def sublayer(x: Tensor, *rest: Tensor) -> Tensor:
-    *weights, norm_weight, norm_bias = rest
-    return feed_forward(x, *weights, activation="gelu", norm=Norm(norm_weight, norm_bias))
-
-
-def sublayer_reference(x: Tensor, *rest: Tensor) -> Tensor:
-    *weights, norm_weight, norm_bias = rest
-    return x + gelu_reference(reference.layer_norm(x, norm_weight, norm_bias), *weights)
-
-
-def targets_for(x: Tensor) -> Tensor:
-    """Some target for each row."""
-    rows = x.shape[:-1]
-    return (torch.arange(rows.numel(), device=x.device) % 3).view(rows)
-
-
-def loss(x: Tensor, w: Tensor, b: Tensor, *norm: Tensor) -> Tensor:
-    """Times x, to be shaped like the other ops' results."""
-    return x * cross_entropy(x, w, b, targets_for(x), norm=Norm(*norm))
-
-
-def loss_reference(x: Tensor, w: Tensor, b: Tensor, *norm: Tensor) -> Tensor:
-    logits = reference.linear(x, w, b, norm).flatten(0, -2)
-    return x * reference.cross_entropy(logits, targets_for(x).flatten())
-
-
-def packed_reference(qkv: Tensor) -> Tensor:
-    return reference.attention(*qkv.unbind(2))
-
-
-NETWORK = [(2, 5, 4), (6, 4), (6,), (4, 6), (4,)]
-OPS = {
-    "attention": Op(
-        causal_attention,
-        reference.attention,
-        [(2, 5, 2, 4)] * 3,
-        "attention_forward",
-        "attention_backward",
-    ),
-    "packed": Op(
-        packed_causal_attention,
-        packed_reference,
-        [(2, 5, 3, 2, 4)],
-        "attention_forward",
-        "attention_backward",
-    ),
-    "linear": Op(
-        block_linear,
-        linear_reference,
-        [(2, 5, 4), (6, 4), (6,), (4,), (4,), (2, 5, 6)],
-        "linear_forward",
-        "linear_backward",
-        torch.float32,
-    ),
-    "ffn": Op(gelu_network, gelu_reference, NETWORK, "ffn_forward", "ffn_backward"),
-    "sublayer": Op(
-        sublayer,
-        sublayer_reference,
-        [*NETWORK, (4,), (4,)],
-        "ffn_forward",
-        "ffn_backward",
-        torch.float32,
-    ),
-    "cross_entropy": Op(
-        loss,
-        loss_reference,
-        [(2, 5, 4), (6, 4), (6,), (4,), (4,)],
-        "cross_entropy_forward",
-        "linear_backward",
-        torch.float32,
-    ),
-}
-
-
-@pytest.fixture(params=OPS)
-def op(request: pytest.FixtureRequest) -> Op:
-    return OPS[request.param]
-
-
-def gradients(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    """Of the sum of squares of out."""
-    return list(torch.autograd.grad(out.square().sum(), inputs))
-
-
-def assert_close(ours: list[Tensor], expected: list[Tensor]) -> None:
-    for one, other in zip(ours, expected, strict=True):
-        torch.testing.assert_close(one, other)
-
+from gpt_ext.ops import _functional, causal_attention, feed_forward
 
 # The three ways in
 
@@ -266,32 +132,6 @@ def test_jvp(op: Op, device: str) -> None:
     assert_close(list(jvp(op.call, inputs, tangents)), list(jvp(op.reference, inputs, tangents)))
 
 
-class Block(torch.nn.Module):
-    """A pre-norm block, (B, T, 8) -> (B, T, 8)."""
-
-    def __init__(self, dropout_p: float = 0.0) -> None:
-        super().__init__()
-        self.qkv, self.projection = torch.nn.Linear(8, 24), torch.nn.Linear(8, 8)
-        self.first, self.second = torch.nn.Linear(8, 12), torch.nn.Linear(12, 8)
-        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(8) for _ in range(2))
-        self.dropout_p = dropout_p
-
-    def forward(self, x: Tensor) -> Tensor:
-        p, qkv, projection, first, second = (
-            self.dropout_p, self.qkv, self.projection, self.first, self.second
-        )  # fmt: skip
-        norms = [Norm(norm.weight, norm.bias, norm.eps) for norm in self.norms]
-        packed = linear(x, qkv.weight, qkv.bias, norm=norms[0]).view(*x.shape[:2], 3, 2, 4)
-        heads = packed_causal_attention(packed, dropout_p=p).flatten(2)
-        x = linear(heads, projection.weight, projection.bias, residual=x, dropout_p=p)
-        weights = first.weight, first.bias, second.weight, second.bias
-        return feed_forward(x, *weights, norm=norms[1], dropout_p=p)
-
-
-def parameter_gradients(model: torch.nn.Module, x: Tensor) -> list[Tensor]:
-    return gradients(model(x), list(model.parameters()))
-
-
 def test_per_sample_gradients(device: str) -> None:
     block, x = Block().to(device), torch.randn(3, 5, 8, device=device)
     parameters = {name: p.detach() for name, p in block.named_parameters()}
@@ -336,103 +176,6 @@ def test_autocast_under_transforms(op: Op, device: str) -> None:
         transformed, _ = jvp(op.call, tuple(inputs), tuple(inputs))
         assert transformed.dtype == op.autocast_dtype
         torch.testing.assert_close(transformed, op.call(*inputs), rtol=0.02, atol=0.05)
-
-
-# Compiler
-
-
-def test_compile_calls_the_raw_ops_in_both_directions(op: Op, device: str) -> None:
-    graphs: list[set[str]] = []
-
-    def record(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable:
-        graphs.append(
-            {str(n.target).split(".")[1] for n in graph.graph.nodes if "." in str(n.target)}
-        )
-        return make_boxed_func(graph)
-
-    inputs = op.inputs(device)
-    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
-    compiled = torch.compile(op.call, backend=backend, fullgraph=True)
-    ours = gradients(compiled(*inputs), inputs)
-    assert_close(ours, gradients(op.call(*inputs), inputs))
-    forward, backward = graphs
-    assert op.raw_forward in forward
-    assert op.raw_backward in backward
-    plain = {
-        "softmax",
-        "_softmax",
-        "_log_softmax",
-        "exp",
-        "bmm",
-        "mm",
-        "addmm",
-        "native_layer_norm",
-    }
-    assert not plain & (forward | backward)
-
-
-def test_compile_by_inductor(device: str) -> None:
-    block, x = Block().to(device), torch.randn(2, 5, 8, device=device)
-    compiled = torch.compile(block, fullgraph=True)
-    assert_close(parameter_gradients(compiled, x), parameter_gradients(block, x))
-
-
-def test_compile_where_the_gradient_is_expanded(op: Op, device: str) -> None:
-    inputs = op.inputs(device)
-    total = torch.compile(lambda *t: op.call(*t).sum(), backend="aot_eager", fullgraph=True)
-    ours = torch.autograd.grad(total(*inputs), inputs)
-    assert_close(list(ours), list(torch.autograd.grad(op.call(*inputs).sum(), inputs)))
-
-
-def test_compile_with_frozen_inputs(op: Op, device: str) -> None:
-    first, *frozen = op.inputs(device)
-    frozen = [t.detach() for t in frozen]
-    compiled = torch.compile(op.call, backend="aot_eager", fullgraph=True)
-    ours = gradients(compiled(first, *frozen), [first])
-    assert_close(ours, gradients(op.call(first, *frozen), [first]))
-
-
-def test_compile_with_dynamic_shapes(device: str) -> None:
-    block = Block().to(device)
-    compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=True)
-    for batch, time in ((2, 5), (3, 70)):
-        x = torch.randn(batch, time, 8, device=device)
-        assert_close(parameter_gradients(compiled, x), parameter_gradients(block, x))
-
-
-def test_compile_with_dropout_follows_the_generator(device: str) -> None:
-    block, x = Block(dropout_p=0.5).to(device), torch.randn(2, 5, 8, device=device)
-    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
-    torch.manual_seed(1)
-    ours = parameter_gradients(compiled, x)
-    torch.manual_seed(1)
-    assert_close(ours, parameter_gradients(block, x))
-
-
-def test_compile_of_a_transform(op: Op, device: str) -> None:
-    inputs = [t.detach() for t in op.inputs(device)]
-    function = grad(lambda *t: op.call(*t).square().sum())
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*inputs), function(*inputs))
-
-
-def test_export(device: str) -> None:
-    block, x = Block().to(device), torch.randn(2, 5, 8, device=device)
-    dynamic = torch.export.Dim.DYNAMIC
-    exported = torch.export.export(block, (x,), dynamic_shapes=({0: dynamic, 1: dynamic},))
-    targets = {str(node.target) for node in exported.graph.nodes}
-    raw = {f"gpt_ext.{op}_forward.default" for op in ("attention", "linear", "ffn")}
-    assert raw <= targets
-    longer = torch.randn(3, 9, 8, device=device)
-    torch.testing.assert_close(exported.module()(longer), block(longer))
-
-
-def test_meta_device(op: Op) -> None:
-    inputs = op.inputs("meta")
-    out = op.call(*inputs)
-    assert out.is_meta
-    assert out.shape == op.reference(*op.inputs("cpu")).shape
-    assert [g.shape for g in gradients(out, inputs)] == [t.shape for t in inputs]
 
 
 # Training at large
