@@ -30,8 +30,7 @@ TEST(feed_forward) {
     for (const Activation activation : kActivations) {
       const FfnCase c{dtype, activation, 70, 42, 130};
       const FfnInputs inputs = ffn_inputs(c);
-      const FfnResult expected =
-          reference_ffn(inputs, activation, c.rows, c.model_dim, c.hidden_dim);
+      const FfnResult expected = reference_ffn(c, inputs);
       check_close(c, run_ffn(Cpu{}, c, inputs), expected);
       check_close(c, run_ffn(Cuda{}, c, inputs), expected);
     }
