@@ -281,6 +281,7 @@ CrossEntropyResult run_cross_entropy(Backend backend, const LinearCase& c, const
 template <class Backend>
 void check_cross_entropy(Backend backend, LinearCase c) {
   c.has_residual = false;
+  c.dropout_p = 0;
   const LinearInputs in = linear_inputs(c);
   const CrossEntropyResult actual = run_cross_entropy(backend, c, in, cross_entropy_targets(c)),
                            expected = reference_cross_entropy(c, in);
