@@ -157,7 +157,7 @@ inline Split split_sums(int64_t rows, int64_t columns, int64_t depth) {
   constexpr int64_t kTiles = 64, kBlocks = 2 * 132, kLeast = 256;
   const int64_t tiles = ((rows + kTiles - 1) / kTiles) * ((columns + kTiles - 1) / kTiles);
   const int64_t wanted = tiles > 0 ? kBlocks / tiles : 1;
-  const int64_t count = std::min({wanted, depth / kLeast, kRunRows});
+  const int64_t count = std::min(wanted, depth / kLeast);
   if (count <= 1) return {1, depth};
   const int64_t terms = ((depth + count - 1) / count + kTiles - 1) / kTiles * kTiles;
   return {(depth + terms - 1) / terms, terms};
@@ -208,8 +208,8 @@ class WeightGradients {
   }
   void add_parts(Cuda backend, const char* name, Stream* sum, const Acc* parts,
                  int64_t size) const {
-    column_sums<Acc>(backend, name, Columns<Acc>{parts, size}, StoreSum<Stream>{sum}, split_.count,
-                     size, nullptr);
+    short_column_sums(backend, name, Columns<Acc>{parts, size}, StoreSum<Stream>{sum}, split_.count,
+                      size);
   }
 
   Stream *dw_, *db_;

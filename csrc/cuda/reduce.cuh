@@ -65,21 +65,25 @@ inline int64_t partial_sums(int64_t rows, int64_t columns) {
   return rows > kRunRows ? row_runs(rows) * columns : 0;
 }
 
-// store(0, column, sum of value(row, column) over all rows)
+// store(0, column, sum of value(row, column) over all rows): for few rows, a block walks down all.
+template <class Value, class Store>
+void short_column_sums(Cuda backend, const char* name, const Value& value, const Store& store,
+                       int64_t rows, int64_t columns) {
+  using Sum = decltype(value(0, 0));
+  launch(backend, name, column_sums_kernel<Value, Store>, (columns + kWarpSize - 1) / kWarpSize,
+         kStripThreads, kStripThreads * sizeof(Sum), value, store, rows, columns, rows);
+}
+
+// The same in two steps where there are many.
 template <class Sum, class Value, class Store>
 void column_sums(Cuda backend, const char* name, const Value& value, const Store& store,
                  int64_t rows, int64_t columns, Sum* partial) {
-  const int64_t strips = (columns + kWarpSize - 1) / kWarpSize;
-  constexpr size_t kShared = kStripThreads * sizeof(Sum);
-  if (rows <= kRunRows) {
-    return launch(backend, name, column_sums_kernel<Value, Store>, strips, kStripThreads, kShared,
-                  value, store, rows, columns, kRunRows);
-  }
+  if (rows <= kRunRows) return short_column_sums(backend, name, value, store, rows, columns);
+  const int64_t runs = row_runs(rows), strips = (columns + kWarpSize - 1) / kWarpSize;
   const Runs<Sum> of_runs{partial, columns};
-  launch(backend, name, column_sums_kernel<Value, Runs<Sum>>, row_runs(rows) * strips,
-         kStripThreads, kShared, value, of_runs, rows, columns, kRunRows);
-  launch(backend, name, column_sums_kernel<Runs<Sum>, Store>, strips, kStripThreads, kShared,
-         of_runs, store, row_runs(rows), columns, row_runs(rows));
+  launch(backend, name, column_sums_kernel<Value, Runs<Sum>>, runs * strips, kStripThreads,
+         kStripThreads * sizeof(Sum), value, of_runs, rows, columns, kRunRows);
+  short_column_sums(backend, name, of_runs, store, runs, columns);
 }
 
 // The columns of a matrix as it lies in memory.
