@@ -17,8 +17,10 @@ from gpt_ext.options import TrainOptions
 def build_optimizer(model: GPT, options: TrainOptions) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, 2019) that decays the weights of linear layers alone.
 
-    Its moments are there from the start, as zeros, for a checkpoint to be read into.
+    Its moments are there from the start, as zeros, for a checkpoint to be read into. With
+    cuda_graph the learning rate lies in the device's memory, so that a captured step reads it anew.
     """
+    device = model.token_embedding.weight.device
     linear = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
     groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if p in linear]},
@@ -26,10 +28,13 @@ def build_optimizer(model: GPT, options: TrainOptions) -> torch.optim.AdamW:
     ]
     optimizer = torch.optim.AdamW(
         groups,
-        lr=options.learning_rate,
+        lr=torch.tensor(options.learning_rate, device=device)
+        if options.cuda_graph
+        else options.learning_rate,
         betas=(options.beta1, options.beta2),
         weight_decay=options.weight_decay,
         fused=True,
+        capturable=options.cuda_graph,
     )
     for parameter in model.parameters():
         optimizer.state[parameter] = {
@@ -38,6 +43,24 @@ def build_optimizer(model: GPT, options: TrainOptions) -> torch.optim.AdamW:
             "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
         }
     return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Of all groups, in place where it is a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def step_unless(optimizer: torch.optim.AdamW, condition: Tensor) -> None:
+    """A step, unless `condition`, () bool, holds, in which case nothing changes.
+
+    Nobody waits for the condition: it is for the fused kernels to see, as from a GradScaler.
+    """
+    optimizer.found_inf = condition.float()  # type: ignore[attr-defined]
+    optimizer.step()
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:

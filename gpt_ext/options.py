@@ -47,6 +47,9 @@ class TrainOptions:
         "float32", "of products, by autocast; parameters stay float32"
     )
     compile: bool = option(False, "compiles the blocks by torch.compile")
+    cuda_graph: bool = option(
+        False, "on CUDA: captures a step in a graph, for models whose time is that of launches"
+    )
     recompute: bool = option(False, "computes a block again in backward: less memory, more time")
     parallel: Literal["ddp", "fsdp"] = option(
         "ddp", "under torchrun: a whole model in each process, or a share of each parameter"

@@ -6,10 +6,11 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,11 +20,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from gpt_ext import checkpoint, state
+from gpt_ext.cuda_graph import Replayed
 from gpt_ext.data import DataSet, open_dataset
 from gpt_ext.distributed import World, syncs, whole
 from gpt_ext.errors import UserError
 from gpt_ext.model import GPT, GPTConfig
-from gpt_ext.optimizer import Average, build_optimizer, learning_rate
+from gpt_ext.optimizer import (
+    Average,
+    build_optimizer,
+    learning_rate,
+    set_learning_rate,
+    step_unless,
+)
 from gpt_ext.options import ModelOptions, TrainOptions
 from gpt_ext.progress import Progress, board, summary_writer
 from gpt_ext.sampling import Windows, derived_seed
@@ -81,6 +89,8 @@ class Trainer:
         self.share, self.micro = shares(options, world.size)
         if options.precision == "float16" and self.device.type == "cpu":
             raise UserError("precision float16 has no kernels for CPUs: take bfloat16, or CUDA")
+        if options.cuda_graph:
+            check_capture(options, world)
         if options.tensorboard:
             summary_writer()  # or says that there is none
         torch.manual_seed(options.seed)
@@ -96,6 +106,9 @@ class Trainer:
                 block.forward = partial(recompute, block.forward, use_reentrant=False)
         self.objective = world.spread(Objective(self.model), self.model.blocks, options.parallel)
         self.optimizer = build_optimizer(self.model, options)
+        self.advance: Callable[..., tuple[Tensor, ...]] = self.take_step
+        if options.cuda_graph:
+            self.advance = Replayed(self.take_step, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "float16")
         self.average = Average(self.model, options.ema) if options.ema else None
         self.step, self.saved, self.skipped, self.best_loss = 0, 0, 0, math.inf
@@ -140,35 +153,39 @@ class Trainer:
     def optimize(self) -> dict[str, float]:
         """One step of AdamW, left out if loss or gradients are not finite; what to log of it."""
         rate = learning_rate(self.step, self.options)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizer, rate)
         torch.manual_seed(derived_seed(self.options.seed, self.step, self.world.rank))  # dropout
-        self.optimizer.zero_grad()
-        total = torch.zeros((), device=self.device)
         pieces = self.pieces(self.training, self.step)
-        for number, (x, y) in enumerate(pieces, start=1):
-            syncs(self.objective, number == len(pieces))
-            loss = self.loss(x, y) / len(pieces)
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
-        self.scaler.unscale_(self.optimizer)
-        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm))
-        total = self.world.mean(total)
+        loss, norm = torch.stack(self.advance(*chain.from_iterable(pieces))).tolist()
         self.step += 1
-        if total.isfinite() and norm.isfinite():
-            self.scaler.step(self.optimizer)
+        if math.isfinite(loss) and math.isfinite(norm):
             self.skipped = 0
             if self.average is not None:
                 self.average.update(self.step)
         else:
             self.skipped += 1
+        return {"step": self.step, "loss": loss, "learning_rate": rate, "gradient_norm": norm}
+
+    def take_step(self, *pieces: Tensor) -> tuple[Tensor, Tensor]:
+        """A step on tokens and targets (B, T) in turn: mean loss and norm of the gradients.
+
+        It asks the device for nothing, so that it can be captured: where one of the two is not
+        finite, AdamW leaves weights and moments as they are.
+        """
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.device)
+        number = len(pieces) // 2
+        for n in range(number):
+            syncs(self.objective, n == number - 1)
+            loss = self.loss(pieces[2 * n], pieces[2 * n + 1]) / number
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm))
+        total = self.world.mean(total)
+        step_unless(self.optimizer, ~(total + norm).isfinite())
         self.scaler.update()
-        return {
-            "step": self.step,
-            "loss": total.item(),
-            "learning_rate": rate,
-            "gradient_norm": norm.item(),
-        }
+        return total, norm
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -260,6 +277,16 @@ class Trainer:
         metrics = self.run / checkpoint.METRICS
         kept = [record for record in checkpoint.read_lines(metrics) if record["step"] <= self.step]
         checkpoint.write_whole(metrics, "".join(map(checkpoint.json_line, kept)).encode())
+
+
+def check_capture(options: TrainOptions, world: World) -> None:
+    """UserError where a step can't be captured in a CUDA graph."""
+    if world.device.type != "cuda":
+        raise UserError(f"cuda_graph needs a CUDA device, got device {options.device}")
+    if world.size > 1:
+        raise UserError(f"cuda_graph is for a single process, got {world.size}")
+    if options.recompute:
+        raise UserError("cuda_graph and recompute exclude each other: take one of them")
 
 
 def shares(options: TrainOptions, processes: int) -> tuple[int, int]:

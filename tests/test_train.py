@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import DEVICES
 from corpus import sentences
 from runs import assert_equal_tensors, begin_run, interrupt_after, records_of
 from torch import Tensor, nn
 
 from gpt_ext import GPT, checkpoint, optimizer, train
+from gpt_ext.cuda_graph import Replayed
+from gpt_ext.distributed import World
 from gpt_ext.errors import UserError
 from gpt_ext.options import TrainOptions
 
@@ -229,6 +232,74 @@ def test_bfloat16_learns_as_float32_does(begin: Callable[..., train.Trainer]) ->
     assert dtypes == {torch.float32}
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.fixture(params=["on a CPU", "on CUDA"])
+def graph_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where a step is captured; a CPU calls again what it can't capture, on the same memory."""
+    if request.param == "on CUDA":
+        if "cuda" not in DEVICES:
+            pytest.skip("CUDA graphs need a CUDA device")
+        return "cuda"
+    monkeypatch.setattr(Replayed, "aside", lambda self: self.function(*self.inputs))
+    monkeypatch.setattr(Replayed, "captured", lambda self: self.aside)
+    monkeypatch.setattr(train, "check_capture", lambda options, world: None)
+    return "cpu"
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_captured_step_trains_as_the_plain_one(
+    begin: Callable[..., train.Trainer], graph_device: str, precision: str
+) -> None:
+    if precision == "float16" and graph_device == "cpu":
+        pytest.skip("float16 is for CUDA only")
+    options = dict(precision=precision, device=graph_device, ema=0.9, micro_batch_size=2)
+    plain, captured = begin("plain", **options), begin("captured", **options, cuda_graph=True)
+    assert plain.train()
+    assert captured.train()
+    assert isinstance(captured.advance, Replayed)
+    assert captured.advance.replay is not None
+    for one, other in zip(records_of(captured.run), records_of(plain.run), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)  # the rate is a float32 for a graph
+
+
+def test_a_captured_step_is_left_out_where_it_is_bad(
+    begin: Callable[..., train.Trainer], graph_device: str
+) -> None:
+    trainer = begin("run", device=graph_device, cuda_graph=True)
+    for _ in range(6):
+        trainer.optimize()
+    before = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+    weight = trainer.model.token_embedding.weight
+    with torch.no_grad():
+        weight.fill_(math.nan)
+    record = trainer.optimize()
+    assert math.isnan(record["loss"])
+    assert trainer.skipped == 1
+    with torch.no_grad():
+        weight.copy_(before["model.token_embedding.weight"])
+    after = trainer.tensors()
+    del before["progress"], after["progress"]
+    assert_equal_tensors(after, before)
+    trainer.optimize()
+    assert trainer.skipped == 0
+    assert not torch.equal(weight, before["model.token_embedding.weight"])
+
+
+def test_where_no_step_can_be_captured(
+    begin: Callable[..., train.Trainer], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="cuda_graph needs a CUDA device, got device cpu"):
+        begin("run", cuda_graph=True)
+    assert not (tmp_path / "run").exists()
+    world = World()
+    monkeypatch.setattr(world, "device", torch.device("cuda"))
+    train.check_capture(TrainOptions(), world)
+    with pytest.raises(UserError, match="cuda_graph and recompute exclude each other"):
+        train.check_capture(TrainOptions(recompute=True), world)
+    monkeypatch.setattr(world, "size", 2)
+    with pytest.raises(UserError, match="cuda_graph is for a single process, got 2"):
+        train.check_capture(TrainOptions(), world)
 
 
 def test_float16_is_refused_on_a_cpu(begin: Callable[..., train.Trainer], tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 // The loss over the vocabulary projection of the final norm, with the gradient of the logits; its
-// backward is linear_backward, timed in bench_linear. CPU only; dtypes as in bench_linear.
+// backward is linear_backward, timed in bench_linear. Dtypes as in bench_linear.
 #include "ops/cross_entropy.h"
 
 #include "harness.h"
@@ -19,7 +19,7 @@ constexpr Shape kShapes[] = {
 constexpr int64_t kCheckedRows = 16, kIgnored = -100;
 constexpr double kEps = 1e-5;
 
-template <class T>
+template <class Backend, class T>
 class CrossEntropy {
  public:
   explicit CrossEntropy(const Shape& s)
@@ -33,23 +33,22 @@ class CrossEntropy {
         rstd_(s.rows),
         loss_(1),
         dlogits_(s.rows * s.vocab_size),
-        targets_(s.rows) {
-    for (int64_t i = 0; i < s.rows; ++i) targets_[i] = i * 7919 % s.vocab_size;
-    targets_[0] = kIgnored;
-  }
+        targets_(targets_of(s)),
+        target_tensor_(targets_) {}
 
   void forward() {
     const LayerNorm norm{norm_weight_.data(), norm_bias_.data(), kEps, mean_.data(), rstd_.data()};
-    cross_entropy_forward(
-        Cpu{}, {loss_.data(),
-                dlogits_.data(),
-                x_.data(),
-                w_.data(),
-                b_.data(),
-                targets_.data(),
-                kIgnored,
-                norm,
-                {{DType::kFloat32, Element<T>::kDType}, s_.rows, s_.dim, s_.vocab_size}});
+    const CrossEntropyForward call{
+        loss_.data(),
+        dlogits_.data(),
+        x_.data(),
+        w_.data(),
+        b_.data(),
+        target_tensor_.data(),
+        kIgnored,
+        norm,
+        {{DType::kFloat32, Element<T>::kDType}, s_.rows, s_.dim, s_.vocab_size}};
+    cross_entropy_forward(Backend{}, workspace_.given_to(call));
   }
 
   // A problem of fewer rows against float64.
@@ -60,6 +59,13 @@ class CrossEntropy {
   }
 
  private:
+  static std::vector<int64_t> targets_of(const Shape& s) {
+    std::vector<int64_t> targets(s.rows);
+    for (int64_t i = 0; i < s.rows; ++i) targets[i] = i * 7919 % s.vocab_size;
+    targets[0] = kIgnored;
+    return targets;
+  }
+
   void compare() {
     forward();
     const NormReference norm(x_.values(), norm_weight_.values(), norm_bias_.values(), kEps);
@@ -82,9 +88,11 @@ class CrossEntropy {
   }
 
   Shape s_;
-  Tensor<Cpu, float> x_, w_, b_, norm_weight_, norm_bias_, mean_, rstd_, loss_;
-  Tensor<Cpu, T> dlogits_;
+  Tensor<Backend, float> x_, w_, b_, norm_weight_, norm_bias_, mean_, rstd_, loss_;
+  Tensor<Backend, T> dlogits_;
   std::vector<int64_t> targets_;
+  Tensor<Backend, int64_t> target_tensor_;
+  Workspace<Backend> workspace_;
 };
 
 }  // namespace
@@ -93,14 +101,12 @@ class CrossEntropy {
 int main(int argc, char** argv) {
   using namespace gpt_ext::bench;
   return run(argc, argv, [](auto backend, auto element) {
-    if constexpr (std::is_same_v<decltype(backend), gpt_ext::Cpu>) {
-      using Problem = CrossEntropy<decltype(element)>;
-      for (const Shape& s : kShapes) {
-        const double flops = 2.0 * s.rows * s.dim * s.vocab_size;
-        add<decltype(backend), decltype(element)>(
-            "cross_entropy_forward", s.name, flops, [s] { return Problem(s); },
-            [](Problem& p) { p.forward(); });
-      }
+    using Problem = CrossEntropy<decltype(backend), decltype(element)>;
+    for (const Shape& s : kShapes) {
+      const double flops = 2.0 * s.rows * s.dim * s.vocab_size;
+      add<decltype(backend), decltype(element)>(
+          "cross_entropy_forward", s.name, flops, [s] { return Problem(s); },
+          [](Problem& p) { p.forward(); });
     }
   });
 }

@@ -1,6 +1,6 @@
-// The feed-forward network, forward and backward. On the CPU as the sub-layer of a block, with norm
-// and residual; in bfloat16 products are in bfloat16, parameters and residual stream in float32, as
-// under autocast. On CUDA alone and in one dtype.
+// The feed-forward network as the sub-layer of a block, with norm and residual, forward and
+// backward. In bfloat16 products are in bfloat16, parameters and residual stream in float32, as
+// under autocast.
 #include "ops/ffn.h"
 
 #include "harness.h"
@@ -61,36 +61,20 @@ class Ffn {
         dz_(s.rows * s.hidden_dim) {}
 
   void forward() {
-    ffn_forward(Backend{}, {out_.data(),
-                            saved_.data(),
-                            hidden_.data(),
-                            x_.data(),
-                            w1_.data(),
-                            b1_.data(),
-                            w2_.data(),
-                            b2_.data(),
-                            norm(),
-                            {},
-                            problem()});
+    const FfnForward call{out_.data(), saved_.data(), hidden_.data(), x_.data(), w1_.data(),
+                          b1_.data(),  w2_.data(),    b2_.data(),     norm(),    {},
+                          problem()};
+    ffn_forward(Backend{}, forward_workspace_.given_to(call));
   }
 
   void backward() {
-    ffn_backward(Backend{}, {dx_.data(),
-                             dw1_.data(),
-                             db1_.data(),
-                             dw2_.data(),
-                             db2_.data(),
-                             kNorm ? dnorm_weight_.data() : nullptr,
-                             kNorm ? dnorm_bias_.data() : nullptr,
-                             dz_.data(),
-                             dout_.data(),
-                             x_.data(),
-                             w1_.data(),
-                             w2_.data(),
-                             saved_.data(),
-                             norm(),
-                             {},
-                             problem()});
+    const FfnBackward call{dx_.data(),         dw1_.data(), db1_.data(),
+                           dw2_.data(),        db2_.data(), dnorm_weight_.data(),
+                           dnorm_bias_.data(), dz_.data(),  dout_.data(),
+                           x_.data(),          w1_.data(),  w2_.data(),
+                           saved_.data(),      norm(),      {},
+                           problem()};
+    ffn_backward(Backend{}, backward_workspace_.given_to(call));
   }
 
   // A problem of fewer rows against float64; then everything that timing backward needs.
@@ -102,9 +86,7 @@ class Ffn {
   }
 
  private:
-  static constexpr bool kNorm = std::is_same_v<Backend, Cpu>;
-  using Stream = std::conditional_t<kNorm, float, T>;
-  using Rows = Tensor<Backend, Stream>;
+  using Rows = Tensor<Backend, float>;
   using Hidden = Tensor<Backend, T>;
 
   void compare() {
@@ -113,7 +95,7 @@ class Ffn {
     const int64_t d = s_.model_dim, h = s_.hidden_dim;
     const Matrix x = x_.values(), w1 = w1_.values(), w2 = w2_.values(), dout = dout_.values();
     const NormReference norm(x, norm_weight_.values(), norm_bias_.values(), kEps);
-    const Matrix& read = kNorm ? norm.y() : x;
+    const Matrix& read = norm.y();
     Matrix z = product(read, w1, d);
     add(z, b1_.values());
     Matrix a = z, dz = product(dout, transposed(w2, h), d);
@@ -127,14 +109,11 @@ class Ffn {
     Matrix out = product(a, w2, h);
     add(out, b2_.values());
     const Matrix dread = product(dz, transposed(w1, d), h);
-    Matrix dx = dread;
-    if (kNorm) {
-      add(out, x);
-      dx = norm.dx(dread);
-      add(dx, dout);
-      expect_close<T>("dnorm_weight", dnorm_weight_.values(), norm.dweight(dread));
-      expect_close<T>("dnorm_bias", dnorm_bias_.values(), column_sums(dread, d));
-    }
+    add(out, x);
+    Matrix dx = norm.dx(dread);
+    add(dx, dout);
+    expect_close<T>("dnorm_weight", dnorm_weight_.values(), norm.dweight(dread));
+    expect_close<T>("dnorm_bias", dnorm_bias_.values(), column_sums(dread, d));
     expect_close<T>("out", out_.values(), out);
     expect_close<T>("dx", dx_.values(), dx);
     expect_close<T>("dw1", dw1_.values(), product(transposed(dz, h), transposed(read, d), s_.rows));
@@ -144,15 +123,11 @@ class Ffn {
   }
 
   LayerNorm norm() const {
-    if (!kNorm) return {};
     return {norm_weight_.data(), norm_bias_.data(), kEps, mean_.data(), rstd_.data()};
   }
   FfnProblem problem() const {
-    return {{Element<Stream>::kDType, Element<T>::kDType},
-            s_.activation,
-            s_.rows,
-            s_.model_dim,
-            s_.hidden_dim};
+    return {
+        {DType::kFloat32, Element<T>::kDType}, s_.activation, s_.rows, s_.model_dim, s_.hidden_dim};
   }
 
   Shape s_;
@@ -162,6 +137,7 @@ class Ffn {
   Hidden saved_, hidden_;
   Rows dx_, dw1_, db1_, dw2_, db2_, dnorm_weight_, dnorm_bias_;
   Hidden dz_;
+  Workspace<Backend> forward_workspace_, backward_workspace_;
 };
 
 }  // namespace

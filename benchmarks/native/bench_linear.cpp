@@ -1,5 +1,5 @@
 // The linear layer in the two forms of a decoder block: norm(x) W^T + b, as for QKV and vocabulary,
-// and residual + x W^T + b, as for the projection. CPU only. In bfloat16 products are in bfloat16,
+// and residual + x W^T + b, as for the projection. In bfloat16 products are in bfloat16,
 // parameters and residual stream in float32, as under autocast.
 #include "ops/linear.h"
 
@@ -28,7 +28,7 @@ constexpr int64_t kCheckedRows = 16;  // of a smaller problem: gradients of weig
 constexpr double kEps = 1e-5;
 
 // T is the products' type; kNorm chooses the form.
-template <class T, bool kNorm>
+template <class Backend, class T, bool kNorm>
 class Linear {
  public:
   explicit Linear(const Shape& s)
@@ -50,29 +50,31 @@ class Linear {
         dnorm_bias_(s.in_dim) {}
 
   void forward() {
-    linear_forward(Cpu{}, {out_.data(),
-                           x_.data(),
-                           w_.data(),
-                           s_.bias ? b_.data() : nullptr,
-                           kNorm ? nullptr : residual_.data(),
-                           norm(),
-                           {},
-                           problem()});
+    const LinearForward call{out_.data(),
+                             x_.data(),
+                             w_.data(),
+                             s_.bias ? b_.data() : nullptr,
+                             kNorm ? nullptr : residual_.data(),
+                             norm(),
+                             {},
+                             problem()};
+    linear_forward(Backend{}, forward_workspace_.given_to(call));
   }
 
   void backward() {
-    linear_backward(Cpu{}, {dx_.data(),
-                            dw_.data(),
-                            s_.bias ? db_.data() : nullptr,
-                            kNorm ? dnorm_weight_.data() : nullptr,
-                            kNorm ? dnorm_bias_.data() : nullptr,
-                            dout_.data(),
-                            x_.data(),
-                            w_.data(),
-                            !kNorm,
-                            norm(),
-                            {},
-                            problem()});
+    const LinearBackward call{dx_.data(),
+                              dw_.data(),
+                              s_.bias ? db_.data() : nullptr,
+                              kNorm ? dnorm_weight_.data() : nullptr,
+                              kNorm ? dnorm_bias_.data() : nullptr,
+                              dout_.data(),
+                              x_.data(),
+                              w_.data(),
+                              !kNorm,
+                              norm(),
+                              {},
+                              problem()};
+    linear_backward(Backend{}, backward_workspace_.given_to(call));
   }
 
   // A problem of fewer rows against float64; then everything that timing backward needs.
@@ -117,23 +119,24 @@ class Linear {
   }
 
   Shape s_;
-  Tensor<Cpu, In> x_;
-  Tensor<Cpu, float> w_, b_, residual_;
-  Tensor<Cpu, Out> dout_;
-  Tensor<Cpu, float> norm_weight_, norm_bias_, mean_, rstd_;
-  Tensor<Cpu, Out> out_;
-  Tensor<Cpu, In> dx_;
-  Tensor<Cpu, float> dw_, db_, dnorm_weight_, dnorm_bias_;
+  Tensor<Backend, In> x_;
+  Tensor<Backend, float> w_, b_, residual_;
+  Tensor<Backend, Out> dout_;
+  Tensor<Backend, float> norm_weight_, norm_bias_, mean_, rstd_;
+  Tensor<Backend, Out> out_;
+  Tensor<Backend, In> dx_;
+  Tensor<Backend, float> dw_, db_, dnorm_weight_, dnorm_bias_;
+  Workspace<Backend> forward_workspace_, backward_workspace_;
 };
 
-template <class T, bool kNorm, size_t kShapes>
+template <class Backend, class T, bool kNorm, size_t kShapes>
 void add_all(const Shape (&shapes)[kShapes]) {
-  using Problem = Linear<T, kNorm>;
+  using Problem = Linear<Backend, T, kNorm>;
   for (const Shape& s : shapes) {
     const double product = 1.0 * s.rows * s.in_dim * s.out_dim;  // its multiply-adds
     const auto make = [s] { return Problem(s); };
-    add<Cpu, T>("linear_forward", s.name, 2 * product, make, [](Problem& p) { p.forward(); });
-    add<Cpu, T>("linear_backward", s.name, 4 * product, make, [](Problem& p) { p.backward(); });
+    add<Backend, T>("linear_forward", s.name, 2 * product, make, [](Problem& p) { p.forward(); });
+    add<Backend, T>("linear_backward", s.name, 4 * product, make, [](Problem& p) { p.backward(); });
   }
 }
 
@@ -143,9 +146,7 @@ void add_all(const Shape (&shapes)[kShapes]) {
 int main(int argc, char** argv) {
   using namespace gpt_ext::bench;
   return run(argc, argv, [](auto backend, auto element) {
-    if constexpr (std::is_same_v<decltype(backend), gpt_ext::Cpu>) {
-      add_all<decltype(element), true>(kNormed);
-      add_all<decltype(element), false>(kResidual);
-    }
+    add_all<decltype(backend), decltype(element), true>(kNormed);
+    add_all<decltype(backend), decltype(element), false>(kResidual);
   });
 }

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <type_traits>
@@ -93,6 +94,9 @@ template <class Backend, class T>
 class Tensor {
  public:
   explicit Tensor(int64_t n) : n_(n), memory_(allocate(Backend{}, n * sizeof(T))) {}
+  explicit Tensor(const std::vector<T>& values) : Tensor(static_cast<int64_t>(values.size())) {
+    copy(Backend{}, data(), values.data(), n_ * sizeof(T));
+  }
   Tensor(int64_t n, double deviation, unsigned seed) : Tensor(n) {
     std::mt19937 generator(seed);
     std::normal_distribution<double> normal(0, deviation);
@@ -112,6 +116,23 @@ class Tensor {
  private:
   int64_t n_;
   std::shared_ptr<void> memory_;
+};
+
+// The workspace of an op's calls, allocated at the first one; the CPU's take none.
+template <class Backend>
+class Workspace {
+ public:
+  template <class Params>
+  Params given_to(Params params) {
+    if constexpr (!std::is_same_v<Backend, Cpu>) {
+      if (!memory_) memory_.emplace(workspace_bytes(Backend{}, params));
+      params.workspace = memory_->data();
+    }
+    return params;
+  }
+
+ private:
+  std::optional<Tensor<Backend, char>> memory_;
 };
 
 // Throws if some |ours - reference| is beyond the tolerance times the largest |reference|.

@@ -1,12 +1,13 @@
-// The feed-forward network, backward. With z saved, or for kRelu act(z), whose sign is z's:
-//   dz = (dout W2) act'(z),  dx = dz W1,  dW1 = dz^T x,  db1 = sum of dz's rows,
-//   dW2 = dout^T act(z),     db2 = sum of dout's rows.
-// The derivative is fused into the first product's epilogue. Sums of rows and act(z) are, for the
-// 16-bit types, part of the weights' products and a pass of its own; for the others the other way
-// round: a kernel of its own, and fused into the load of dW2's operand.
+// The feed-forward network, backward. With g the gradient before dropout, z saved, or for kRelu
+// act(z), whose sign is z's, and y = x or norm(x), made anew:
+//   dz  = (g W2) act'(z)                  the derivative in the product's epilogue
+//   dW1 = dz^T y,   db1 = sums of dz's columns
+//   dW2 = g^T act(z),   db2 = sums of g's columns
+//   dy  = dz W1     from which the norm's backward makes dx, the residual's dout included
+// act(z) is, for the 16-bit types, a pass of its own before dW2; for the others it is fused into
+// the load of dW2's operand.
 #include "cuda/activation.cuh"
-#include "cuda/ffn.cuh"
-#include "cuda/gemm_mma.cuh"
+#include "cuda/linear.cuh"
 
 namespace gpt_ext::cuda {
 
@@ -17,10 +18,12 @@ struct StoreDerivative {  // dz = C act'(z)
   const T* saved;
   int64_t columns;
   Activation activation;
-  __device__ void operator()(int64_t row, int64_t column, Acc value) const {
+  __device__ void operator()(int64_t row, int64_t column, Run<Acc> run) const {
     const int64_t index = row * columns + column;
-    const Acc z = static_cast<Acc>(saved[index]);
-    dz[index] = static_cast<T>(value * activation_derivative(activation, z));
+    for_run(run, [&](int j) {
+      run.at[j] *= activation_derivative(activation, static_cast<Acc>(saved[index + j]));
+    });
+    store_run(dz + index, run);
   }
 };
 
@@ -33,41 +36,6 @@ struct Activate {
   }
 };
 
-// A block sums a strip of 32 columns with 32 warps, warp w the rows w, w + 32, ...; then the first
-// warp adds up their sums in order.
-constexpr int kStrip = 32;
-
-template <class T>
-__global__ void __launch_bounds__(kStrip* kStrip)
-    column_sums_kernel(T* sums, const T* matrix, int64_t rows, int64_t columns) {
-  using Acc = Accumulator<T>;
-  struct Partial {
-    Acc at[kStrip][kStrip];
-  };
-  Partial& partial = shared_memory<Partial>();
-  const int lane = threadIdx.x % kStrip, warp = threadIdx.x / kStrip;
-  const int64_t column = int64_t{blockIdx.x} * kStrip + lane;
-  Acc sum = 0;
-  if (column < columns) {
-    for (int64_t row = warp; row < rows; row += kStrip) {
-      sum += static_cast<Acc>(matrix[row * columns + column]);
-    }
-  }
-  partial.at[warp][lane] = sum;
-  __syncthreads();  // partial is whole
-  if (warp > 0 || column >= columns) return;
-  for (int other = 1; other < kStrip; ++other) sum += partial.at[other][lane];
-  sums[column] = static_cast<T>(sum);
-}
-
-template <class T>
-void column_sums(Cuda backend, const char* name, void* sums, const void* matrix, int64_t rows,
-                 int64_t columns) {
-  launch(backend, name, column_sums_kernel<T>, (columns + kStrip - 1) / kStrip, kStrip * kStrip,
-         kStrip * kStrip * sizeof(Accumulator<T>), static_cast<T*>(sums),
-         static_cast<const T*>(matrix), rows, columns);
-}
-
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     activate_kernel(T* out, const T* z, int64_t size, Activation activation) {
@@ -75,75 +43,101 @@ __global__ void __launch_bounds__(kThreads)
   if (i < size) out[i] = static_cast<T>(activate(activation, static_cast<float>(z[i])));
 }
 
-// dw = dout^T x and db, of a linear layer whose output has the gradient dout: either may be null.
-template <class T>
-void weight_gradients(Cuda backend, const char* name, void* dw, void* db, const Matrix<T>& dout,
-                      const Matrix<T>& x) {
-  if (dw == nullptr && db == nullptr) return;
-  gemm<Layout::kTN>(backend, name, dout, x, dout.columns, dw == nullptr ? 0 : x.columns, x.rows,
-                    Store<T>{static_cast<T*>(dw), x.columns}, static_cast<T*>(db));
+template <class Stream, class Product>
+struct FfnBackwardParts {
+  Workspace workspace;
+  Product* g;  // null where it is dout itself
+  Rows<Product, Stream> rows;
+  Weight<Product, Stream> w1, w2;
+  InputGradients<Product, Stream, FfnBackward> of_input;
+  WeightGradients<Product, Stream> of_first, of_second;
+
+  explicit FfnBackwardParts(const FfnBackward& p) : FfnBackwardParts(p, p.problem) {}
+
+ private:
+  FfnBackwardParts(const FfnBackward& p, const FfnProblem& problem)
+      : workspace(p.workspace),
+        g(workspace.take<Product>(
+            problem.rows * problem.model_dim,
+            p.dropout.p > 0 || (p.norm.weight != nullptr && !std::is_same_v<Stream, Product>))),
+        rows(p.x, p.norm, problem.rows, problem.model_dim, workspace),
+        w1(p.w1, problem.hidden_dim, problem.model_dim, workspace),
+        w2(p.w2, problem.model_dim, problem.hidden_dim, workspace),
+        of_input(p, problem.rows, problem.model_dim, workspace),
+        of_first(p.dw1, p.db1, problem.rows, problem.hidden_dim, problem.model_dim, workspace),
+        of_second(p.dw2, p.db2, problem.rows, problem.model_dim, problem.hidden_dim, workspace) {}
+};
+
+// The gradient before dropout, as the products read it.
+template <class Stream, class Product>
+Matrix<Product> before_dropout(Cuda backend, const FfnBackward& p, Product* g) {
+  const int64_t rows = p.problem.rows, d = p.problem.model_dim;
+  if (g == nullptr) return {static_cast<const Product*>(p.dout), d, rows, d};
+  convert(backend, "ffn_backward: dropout", g, static_cast<const Stream*>(p.dout), rows, d,
+          p.dropout);
+  return {g, d, rows, d};
 }
 
-// dW2 and db2 for the 16-bit types. The memory of dz, not yet made, holds act(z) for a while.
-template <class T>
-void second_weights(Cuda backend, const FfnBackward& p, const Matrix<T>& dout, const T* saved) {
+// dW2 and db2. For the 16-bit types the memory of dz, not yet made, holds act(z) for a while.
+template <class Stream, class Product>
+void second_weights(Cuda backend, const FfnBackward& p, const Matrix<Product>& g,
+                    const WeightGradients<Product, Stream>& gradients) {
   const auto [precision, activation, rows, d, h] = p.problem;
-  const T* hidden = saved;
-  if (activation != Activation::kRelu && p.dw2 != nullptr) {
-    launch(backend, "ffn_backward: act(z)", activate_kernel<T>,
-           (rows * h + kThreads - 1) / kThreads, kThreads, 0, static_cast<T*>(p.dz), saved,
-           rows * h, activation);
-    hidden = static_cast<const T*>(p.dz);
+  const Product* saved = static_cast<const Product*>(p.saved);
+  if constexpr (sizeof(Product) == 2) {
+    const bool made = activation != Activation::kRelu && p.dw2 != nullptr;
+    Product* hidden = static_cast<Product*>(p.dz);
+    if (made) {
+      launch(backend, "ffn_backward: act(z)", activate_kernel<Product>,
+             (rows * h + kThreads - 1) / kThreads, kThreads, 0, hidden, saved, rows * h,
+             activation);
+    }
+    gradients.compute(backend, "ffn_backward: dw2, db2", g,
+                      Matrix<Product>{made ? hidden : saved, h, rows, h});
+  } else {
+    gradients.compute(backend, "ffn_backward: dw2, db2", g,
+                      Matrix<Product, Activate>{saved, h, rows, h, {activation}});
   }
-  weight_gradients(backend, "ffn_backward: dw2, db2", p.dw2, p.db2, dout,
-                   Matrix<T>{hidden, h, rows, h});
 }
 
 }  // namespace gpt_ext::cuda
 
 namespace gpt_ext {
 
-void ffn_backward(Cuda backend, const FfnBackward& p) {
-  cuda::dispatch_dtype(cuda::checked_dtype(p), [&](auto element) {
-    using T = typename decltype(element)::type;
-    using cuda::Layout, cuda::Store;
-    const auto [precision, activation, rows, d, h] = p.problem;
-    const cuda::Matrix<T> dout{static_cast<const T*>(p.dout), d, rows, d};
-    const cuda::Matrix<T> x{static_cast<const T*>(p.x), d, rows, d};
-    const cuda::Matrix<T> w1{static_cast<const T*>(p.w1), d, h, d};
-    const cuda::Matrix<T> w2{static_cast<const T*>(p.w2), h, d, h};
-    const T* saved = static_cast<const T*>(p.saved);
-    const cuda::Matrix<T, cuda::Activate> hidden{saved, h, rows, h, {activation}};
-    const cuda::Matrix<T> dz{static_cast<const T*>(p.dz), h, rows, h};
+int64_t workspace_bytes(Cuda, const FfnBackward& p) {
+  int64_t bytes = 0;
+  cuda::dispatch_precision(p.problem.precision, [&](auto stream, auto product) {
+    using Parts =
+        cuda::FfnBackwardParts<typename decltype(stream)::type, typename decltype(product)::type>;
+    bytes = Parts(p).workspace.bytes();
+  });
+  return bytes;
+}
 
-    if constexpr (sizeof(T) == 2) {
-      cuda::second_weights(backend, p, dout, saved);
-    } else {
-      if (p.dw2 != nullptr) {
-        cuda::gemm<Layout::kTN>(backend, "ffn_backward: dw2", dout, hidden, d, h, rows,
-                                Store<T>{static_cast<T*>(p.dw2), h});
-      }
-      if (p.db2 != nullptr) {
-        cuda::column_sums<T>(backend, "ffn_backward: db2", p.db2, p.dout, rows, d);
-      }
+void ffn_backward(Cuda backend, const FfnBackward& p) {
+  cuda::dispatch_precision(p.problem.precision, [&](auto stream, auto product) {
+    using Stream = typename decltype(stream)::type;
+    using Product = typename decltype(product)::type;
+    const cuda::FfnBackwardParts<Stream, Product> parts(p);
+    const auto [precision, activation, rows, d, h] = p.problem;
+    const auto g = cuda::before_dropout<Stream>(backend, p, parts.g);
+    cuda::second_weights(backend, p, g, parts.of_second);
+    if (!parts.of_input.wanted() && p.dw1 == nullptr && p.db1 == nullptr) return;
+
+    const cuda::Matrix<Product> dz{static_cast<const Product*>(p.dz), h, rows, h};
+    const cuda::StoreDerivative<Product> to_dz{static_cast<Product*>(p.dz),
+                                               static_cast<const Product*>(p.saved), h, activation};
+    cuda::gemm<cuda::Layout::kNN>(backend, "ffn_backward: dz", g,
+                                  parts.w2.matrix(backend, "ffn_backward: w2"), rows, h, d, to_dz);
+    if (parts.of_input.wanted()) {
+      const auto* skip =  // around the norm
+          p.norm.weight != nullptr ? static_cast<const Stream*>(p.dout) : nullptr;
+      parts.of_input.compute(backend, "ffn_backward: dx", dz,
+                             parts.w1.matrix(backend, "ffn_backward: w1"), skip);
     }
-    if (p.dx == nullptr && p.dw1 == nullptr && p.db1 == nullptr) return;
-    cuda::gemm<Layout::kNN>(backend, "ffn_backward: dz", dout, w2, rows, h, d,
-                            cuda::StoreDerivative<T>{static_cast<T*>(p.dz), saved, h, activation});
-    if (p.dx != nullptr) {
-      cuda::gemm<Layout::kNN>(backend, "ffn_backward: dx", dz, w1, rows, d, h,
-                              Store<T>{static_cast<T*>(p.dx), d});
-    }
-    if constexpr (sizeof(T) == 2) {
-      cuda::weight_gradients(backend, "ffn_backward: dw1, db1", p.dw1, p.db1, dz, x);
-    } else {
-      if (p.dw1 != nullptr) {
-        cuda::gemm<Layout::kTN>(backend, "ffn_backward: dw1", dz, x, h, d, rows,
-                                Store<T>{static_cast<T*>(p.dw1), d});
-      }
-      if (p.db1 != nullptr) {
-        cuda::column_sums<T>(backend, "ffn_backward: db1", p.db1, p.dz, rows, h);
-      }
+    if (p.dw1 != nullptr || p.db1 != nullptr) {
+      parts.of_first.compute(backend, "ffn_backward: dw1, db1", dz,
+                             parts.rows.matrix(backend, "ffn_backward: y", p.norm, true));
     }
   });
 }

@@ -1,42 +1,78 @@
 // The feed-forward network, forward: two products, the activation in the first one's epilogue.
-//   hidden = act(x W1^T + b1),  out = hidden W2^T + b2
+//   hidden = act(y W1^T + b1)      y = x or norm(x)
+//   out    = hidden W2^T + b2      or x + dropout of that
 #include "cuda/activation.cuh"
-#include "cuda/ffn.cuh"
-#include "cuda/gemm_mma.cuh"
+#include "cuda/linear.cuh"
 
 namespace gpt_ext::cuda {
 
-template <class T>
+template <class Product, class Stream>
 struct StoreActivated {  // z = C + bias: hidden = act(z), and z itself where backward wants it
-  using Acc = Accumulator<T>;
-  T *hidden, *saved;
-  const T* bias;
+  using Acc = Accumulator<Stream>;
+  Product *hidden, *saved;
+  const Stream* bias;
   int64_t columns;
   Activation activation;
-  __device__ void operator()(int64_t row, int64_t column, Acc value) const {
-    const Acc z = value + static_cast<Acc>(bias[column]);
-    if (saved != hidden) saved[row * columns + column] = static_cast<T>(z);
-    hidden[row * columns + column] = static_cast<T>(activate(activation, z));
+  __device__ void operator()(int64_t row, int64_t column, Run<Acc> run) const {
+    const int64_t index = row * columns + column;
+    for_run(run, [&](int j) { run.at[j] += static_cast<Acc>(bias[column + j]); });
+    if (saved != hidden) store_run(saved + index, run);
+    for_run(run, [&](int j) { run.at[j] = activate(activation, run.at[j]); });
+    store_run(hidden + index, run);
   }
+};
+
+template <class Stream, class Product>
+struct FfnForwardParts {
+  Workspace workspace;
+  Rows<Product, Stream> rows;
+  Weight<Product, Stream> w1, w2;
+
+  explicit FfnForwardParts(const FfnForward& p)
+      : workspace(p.workspace),
+        rows(p.x, p.norm, p.problem.rows, p.problem.model_dim, workspace),
+        w1(p.w1, p.problem.hidden_dim, p.problem.model_dim, workspace),
+        w2(p.w2, p.problem.model_dim, p.problem.hidden_dim, workspace) {}
 };
 
 }  // namespace gpt_ext::cuda
 
 namespace gpt_ext {
 
+int64_t workspace_bytes(Cuda, const FfnForward& p) {
+  int64_t bytes = 0;
+  cuda::dispatch_precision(p.problem.precision, [&](auto stream, auto product) {
+    using Parts =
+        cuda::FfnForwardParts<typename decltype(stream)::type, typename decltype(product)::type>;
+    bytes = Parts(p).workspace.bytes();
+  });
+  return bytes;
+}
+
 void ffn_forward(Cuda backend, const FfnForward& p) {
-  cuda::dispatch_dtype(cuda::checked_dtype(p), [&](auto element) {
-    using T = typename decltype(element)::type;
+  cuda::dispatch_precision(p.problem.precision, [&](auto stream, auto product) {
+    using Stream = typename decltype(stream)::type;
+    using Product = typename decltype(product)::type;
+    const cuda::FfnForwardParts<Stream, Product> parts(p);
     const auto [precision, activation, rows, d, h] = p.problem;
-    const cuda::Matrix<T> x{static_cast<const T*>(p.x), d, rows, d};
-    const cuda::Matrix<T> w1{static_cast<const T*>(p.w1), d, h, d};
-    const cuda::Matrix<T> w2{static_cast<const T*>(p.w2), h, d, h};
-    const cuda::Matrix<T> hidden{static_cast<const T*>(p.hidden), h, rows, h};
-    const cuda::StoreActivated<T> to_hidden{static_cast<T*>(p.hidden), static_cast<T*>(p.saved),
-                                            static_cast<const T*>(p.b1), h, activation};
-    const cuda::StoreBias<T> to_out{static_cast<T*>(p.out), static_cast<const T*>(p.b2), d};
+    const auto x = parts.rows.matrix(backend, "ffn_forward: norm", p.norm, false);
+    const auto w1 = parts.w1.matrix(backend, "ffn_forward: w1");
+    const auto w2 = parts.w2.matrix(backend, "ffn_forward: w2");
+    const cuda::Matrix<Product> hidden{static_cast<const Product*>(p.hidden), h, rows, h};
+    const auto* b2 = static_cast<const Stream*>(p.b2);
+
+    const cuda::StoreActivated<Product, Stream> to_hidden{
+        static_cast<Product*>(p.hidden), static_cast<Product*>(p.saved),
+        static_cast<const Stream*>(p.b1), h, activation};
     cuda::gemm<cuda::Layout::kNT>(backend, "ffn_forward: hidden", x, w1, rows, h, d, to_hidden);
-    cuda::gemm<cuda::Layout::kNT>(backend, "ffn_forward: out", hidden, w2, rows, d, h, to_out);
+    const auto second = [&](auto* out, const Stream* residual) {
+      using Out = std::remove_pointer_t<decltype(out)>;
+      cuda::gemm<cuda::Layout::kNT>(
+          backend, "ffn_forward: out", hidden, w2, rows, d, h,
+          cuda::StoreLinear<Out, Stream>{out, b2, residual, d, cuda::DropoutFactors(p.dropout)});
+    };
+    if (p.norm.weight == nullptr) return second(static_cast<Product*>(p.out), nullptr);
+    second(static_cast<Stream*>(p.out), static_cast<const Stream*>(p.x));
   });
 }
 

@@ -1,4 +1,4 @@
-// C = op(A) op(B) for matrices in global memory, C handed to an epilogue element by element.
+// C = op(A) op(B) for matrices in global memory, C handed to an epilogue in runs of neighbours.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,26 +8,19 @@
 
 namespace gpt_ext::cuda {
 
-// Blocks a multiprocessor must have registers for: as many as sm_86's shared memory holds.
-constexpr int kGemmBlocks = 3;
+// Up to four neighbours of a row of C; more than one only from a column on that is a multiple of 4.
+template <class Acc>
+struct Run {
+  Acc at[4];
+  int count;
+};
 
-// A block a tile of C. epilogue(row, column, value) stores what it makes of value.
-template <bool kTransposeA, bool kTransposeB, class Acc, class A, class B, class Epilogue>
-__global__ void __launch_bounds__(kThreads, kGemmBlocks)
-    gemm_kernel(const A a, const B b, int64_t rows, int64_t columns, int64_t depth,
-                const Epilogue epilogue) {
-  const int64_t column_tiles = (columns + kTile<Acc> - 1) / kTile<Acc>;
-  const int64_t row0 = blockIdx.x / column_tiles * kTile<Acc>;
-  const int64_t column0 = blockIdx.x % column_tiles * kTile<Acc>;
-  const Fragment<Acc> c =
-      product<kTransposeA, kTransposeB>(shared_memory<TilePair<Acc>>(), a, row0, b, column0, depth);
+// f(j) for each of them.
+template <class Acc, class F>
+__device__ void for_run(const Run<Acc>& run, F&& f) {
 #pragma unroll
-  for (int i = 0; i < Fragment<Acc>::kSide; ++i) {
-#pragma unroll
-    for (int j = 0; j < Fragment<Acc>::kSide; ++j) {
-      const int64_t row = row0 + fragment_row(i), column = column0 + fragment_column(j);
-      if (row < rows && column < columns) epilogue(row, column, c.at[i][j]);
-    }
+  for (int j = 0; j < 4; ++j) {
+    if (j < run.count) f(j);
   }
 }
 
@@ -37,16 +30,78 @@ enum class Layout {  // of A and B, N as they are and T transposed
   kTN
 };
 
+// The sums of a product cut into `count` parts of `terms` terms, blocks of their own; C then is
+// those of the parts, one below the other, whose sum is yet to be taken. In layout kTN alone.
+struct Split {
+  int64_t count, terms;
+};
+
+// Takes the rows of part number `part` of an operand that has a row a term.
+template <class T, class Transform>
+__device__ void take_part(Matrix<T, Transform>& matrix, const Split& split, int64_t part) {
+  const int64_t first = part * split.terms, left = matrix.rows - first;
+  matrix.data += first * matrix.stride;
+  matrix.rows = left < split.terms ? left : split.terms;
+}
+
+// Blocks a multiprocessor must have registers for: as many as sm_86's shared memory holds.
+constexpr int kGemmBlocks = 3;
+
+// A block a tile of C. epilogue(row, column, run) stores what it makes of the run.
+template <Layout kLayout, class Acc, class A, class B, class Epilogue>
+__global__ void __launch_bounds__(kThreads, kGemmBlocks)
+    gemm_kernel(A a, B b, int64_t rows, int64_t columns, int64_t depth, const Split split,
+                const Epilogue epilogue) {
+  const int64_t across = (columns + kTile<Acc> - 1) / kTile<Acc>;
+  const int64_t down = (rows + kTile<Acc> - 1) / kTile<Acc>;
+  const int64_t part = blockIdx.x / (across * down);
+  const int64_t row0 = blockIdx.x / across % down * kTile<Acc>;
+  const int64_t column0 = blockIdx.x % across * kTile<Acc>;
+  if constexpr (kLayout == Layout::kTN) {
+    take_part(a, split, part);
+    take_part(b, split, part);
+    depth = a.rows;
+  }
+  const Fragment<Acc> c = product<kLayout == Layout::kTN, kLayout == Layout::kNT>(
+      shared_memory<TilePair<Acc>>(), a, row0, b, column0, depth);
+#pragma unroll
+  for (int i = 0; i < Fragment<Acc>::kSide; ++i) {
+#pragma unroll
+    for (int j = 0; j < Fragment<Acc>::kSide; ++j) {
+      const int64_t row = row0 + fragment_row(i), column = column0 + fragment_column(j);
+      if (row < rows && column < columns) {
+        epilogue(part * rows + row, column, Run<Acc>{{c.at[i][j]}, 1});
+      }
+    }
+  }
+}
+
 // C is rows x columns, its sums over `depth` terms; for depth 0 it is zero.
 template <Layout kLayout, class A, class B, class Epilogue>
 void gemm(Cuda backend, const char* name, const A& a, const B& b, int64_t rows, int64_t columns,
-          int64_t depth, const Epilogue& epilogue) {
+          int64_t depth, const Epilogue& epilogue, const Split* split = nullptr) {
   using Acc = typename Epilogue::Acc;
   constexpr int64_t kSide = kTile<Acc>;
   const int64_t tiles = (rows + kSide - 1) / kSide * ((columns + kSide - 1) / kSide);
-  launch(backend, name,
-         gemm_kernel<kLayout == Layout::kTN, kLayout == Layout::kNT, Acc, A, B, Epilogue>, tiles,
-         kThreads, sizeof(TilePair<Acc>), a, b, rows, columns, depth, epilogue);
+  const Split parts = split != nullptr ? *split : Split{1, depth};
+  launch(backend, name, gemm_kernel<kLayout, Acc, A, B, Epilogue>, tiles * parts.count, kThreads,
+         sizeof(TilePair<Acc>), a, b, rows, columns, depth, parts, epilogue);
+}
+
+// Writes a run: at once, where it is whole and so aligned.
+template <class T, class Acc>
+__device__ void store_run(T* to, const Run<Acc>& run) {
+  struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) Four {
+    T at[4];
+  };
+  if (run.count == 4 && reinterpret_cast<uintptr_t>(to) % alignof(Four) == 0) {
+    Four four;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) four.at[j] = static_cast<T>(run.at[j]);
+    *reinterpret_cast<Four*>(to) = four;
+  } else {
+    for_run(run, [&](int j) { to[j] = static_cast<T>(run.at[j]); });
+  }
 }
 
 template <class T>
@@ -54,19 +109,8 @@ struct Store {  // out = C
   using Acc = Accumulator<T>;
   T* out;
   int64_t columns;
-  __device__ void operator()(int64_t row, int64_t column, Acc value) const {
-    out[row * columns + column] = static_cast<T>(value);
-  }
-};
-
-template <class T>
-struct StoreBias {  // out = C + bias, the same for every row
-  using Acc = Accumulator<T>;
-  T* out;
-  const T* bias;
-  int64_t columns;
-  __device__ void operator()(int64_t row, int64_t column, Acc value) const {
-    out[row * columns + column] = static_cast<T>(value + static_cast<Acc>(bias[column]));
+  __device__ void operator()(int64_t row, int64_t column, const Run<Acc>& run) const {
+    store_run(out + row * columns + column, run);
   }
 };
 

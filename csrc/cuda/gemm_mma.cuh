@@ -1,4 +1,5 @@
-// C = op(A) op(B) of 16-bit elements on tensor cores, C handed to an epilogue element by element.
+// C = op(A) op(B) of 16-bit elements on tensor cores, C handed to an epilogue in runs of
+// neighbours.
 //
 // A block computes a tile of C in steps of 32 terms of the sums, whose operands are copied into a
 // ring of stages while the steps before are multiplied. Edges are filled with zeros in shared
@@ -50,24 +51,31 @@ __host__ __device__ int64_t column_tiles(int64_t columns, bool with_sums) {
   return tiles == 0 && with_sums ? 1 : tiles;
 }
 
-// epilogue(row, column, value) stores what it makes of value. row_sums, if not null, gets the sums
+// epilogue(row, column, run) stores what it makes of the run. row_sums, if not null, gets the sums
 // of op(A)'s rows, which are op(A) times a column of ones: one more product of what is there.
-template <class T, Layout kLayout, class Epilogue>
+template <class T, Layout kLayout, class Epilogue, class Sums>
 __global__ void __launch_bounds__(GemmShape<kLayout>::kThreads, GemmShape<kLayout>::kBlocks)
-    gemm_mma_kernel(const Matrix<T> a, const Matrix<T> b, int64_t rows, int64_t columns,
-                    int64_t depth, const Epilogue epilogue, T* row_sums) {
+    gemm_mma_kernel(Matrix<T> a, Matrix<T> b, int64_t rows, int64_t columns, int64_t depth,
+                    const Split split, const Epilogue epilogue, Sums* row_sums) {
   using Shape = GemmShape<kLayout>;
   using Tiles = GemmTiles<T, kLayout>;
   constexpr int kM = Shape::kWarpTileRows / 16, kN = Shape::kWarpTileColumns / 8;
   constexpr int kStages = Shape::kStages, kDepth = Shape::kDepth;
   auto& shared = shared_memory<Tiles>();
   const int64_t across = column_tiles<Shape>(columns, row_sums != nullptr);
-  const int64_t row0 = blockIdx.x / across * Shape::kRows;
+  const int64_t down = (rows + Shape::kRows - 1) / Shape::kRows;
+  const int64_t part = blockIdx.x / (across * down);
+  const int64_t row0 = blockIdx.x / across % down * Shape::kRows;
   const int64_t column0 = blockIdx.x % across * Shape::kColumns;
   const int warp_row0 = warp() / Shape::kWarpsAcross * Shape::kWarpTileRows;
   const int warp_column0 = warp() % Shape::kWarpsAcross * Shape::kWarpTileColumns;
   const bool with_sums =
       kLayout == Layout::kTN && row_sums != nullptr && column0 + warp_column0 == 0;
+  if constexpr (kLayout == Layout::kTN) {
+    take_part(a, split, part);
+    take_part(b, split, part);
+    depth = a.rows;
+  }
 
   const auto copy_stage = [&](int64_t k) {
     auto& stage = shared.stages[k / kDepth % kStages];
@@ -119,9 +127,13 @@ __global__ void __launch_bounds__(GemmShape<kLayout>::kThreads, GemmShape<kLayou
     const int64_t block_row0 = row0 + warp_row0 + 16 * m;
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
-      for_each_element(slab, c[m][n], c[m][n + 1], [&](int r, int c, float value) {
+      for_each_four(slab, c[m][n], c[m][n + 1], [&](int r, int c, const float(&four)[4]) {
         const int64_t row = block_row0 + r, column = column0 + warp_column0 + 8 * n + c;
-        if (row < rows && column < columns) epilogue(row, column, value);
+        const int64_t left = columns - column;
+        if (row >= rows || left <= 0) return;
+        const int count = left < 4 ? static_cast<int>(left) : 4;
+        epilogue(part * rows + row, column,
+                 Run<float>{{four[0], four[1], four[2], four[3]}, count});
       });
     }
     if constexpr (kLayout == Layout::kTN) {
@@ -129,22 +141,25 @@ __global__ void __launch_bounds__(GemmShape<kLayout>::kThreads, GemmShape<kLayou
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {  // every column holds the sum
         const int64_t row = block_row0 + element_row(i);
-        if (row < rows) row_sums[row] = static_cast<T>(sums[m][i]);
+        if (row < rows) row_sums[part * rows + row] = static_cast<Sums>(sums[m][i]);
       }
     }
   }
 }
 
 // The gemm of gemm.cuh for these elements. With row_sums, `columns` may be 0: then they are all.
-template <Layout kLayout, class T, class Epilogue>
+template <Layout kLayout, class T, class Epilogue, class Sums = T>
   requires(sizeof(T) == 2)
 void gemm(Cuda backend, const char* name, const Matrix<T>& a, const Matrix<T>& b, int64_t rows,
-          int64_t columns, int64_t depth, const Epilogue& epilogue, T* row_sums = nullptr) {
+          int64_t columns, int64_t depth, const Epilogue& epilogue, const Split* split = nullptr,
+          Sums* row_sums = nullptr) {
   using Shape = GemmShape<kLayout>;
   const int64_t tiles =
       (rows + Shape::kRows - 1) / Shape::kRows * column_tiles<Shape>(columns, row_sums != nullptr);
-  launch(backend, name, gemm_mma_kernel<T, kLayout, Epilogue>, tiles, Shape::kThreads,
-         sizeof(GemmTiles<T, kLayout>), a, b, rows, columns, depth, epilogue, row_sums);
+  const Split parts = split != nullptr ? *split : Split{1, depth};
+  launch(backend, name, gemm_mma_kernel<T, kLayout, Epilogue, Sums>, tiles * parts.count,
+         Shape::kThreads, sizeof(GemmTiles<T, kLayout>), a, b, rows, columns, depth, parts,
+         epilogue, row_sums);
 }
 
 }  // namespace gpt_ext::cuda

@@ -179,10 +179,8 @@ __device__ Slab& slab_over_own_rows(Tile& tile) {
   return *static_cast<Slab*>(rows);
 }
 
-// f(row, column, value) for each element of 16 x 16 of a result.
-template <class F>
-__device__ void for_each_element(Slab& slab, const float (&left)[4], const float (&right)[4],
-                                 F&& f) {
+// Through the slab: the warp's 16 x 16 of a result lie in it when it returns.
+__device__ inline void fill_slab(Slab& slab, const float (&left)[4], const float (&right)[4]) {
   __syncwarp();  // the slab is free
 #pragma unroll
   for (int i = 0; i < 4; i += 2) {
@@ -191,9 +189,28 @@ __device__ void for_each_element(Slab& slab, const float (&left)[4], const float
     *reinterpret_cast<float2*>(to + 8) = {right[i], right[i + 1]};
   }
   __syncwarp();  // and now whole
+}
+
+// f(row, column, value) for each element of 16 x 16 of a result.
+template <class F>
+__device__ void for_each_element(Slab& slab, const float (&left)[4], const float (&right)[4],
+                                 F&& f) {
+  fill_slab(slab, left, right);
   const int column = lane() % 16;
 #pragma unroll 2
   for (int row = lane() / 16; row < kWarpRows; row += 2) f(row, column, slab.at[row][column]);
+}
+
+// f(row, column, values) for each four neighbours.
+template <class F>
+__device__ void for_each_four(Slab& slab, const float (&left)[4], const float (&right)[4], F&& f) {
+  fill_slab(slab, left, right);
+  const int column = lane() % 4 * 4;
+#pragma unroll
+  for (int row = lane() / 4; row < kWarpRows; row += 8) {
+    const float* at = &slab.at[row][column];
+    f(row, column, {at[0], at[1], at[2], at[3]});
+  }
 }
 
 }  // namespace gpt_ext::cuda

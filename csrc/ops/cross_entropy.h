@@ -21,10 +21,14 @@ struct CrossEntropyForward {
   int64_t ignore_index;
   LayerNorm norm;
   LinearProblem problem;  // out_dim is V
+  void* workspace = nullptr;
 };
 
-// Deterministic, bit for bit, whatever the number of threads. Throws gpt_ext::Error, also for a
-// target outside the vocabulary.
+int64_t workspace_bytes(Cuda, const CrossEntropyForward&);
+
+// Deterministic, bit for bit, whatever the number of threads. Throws gpt_ext::Error, on CPUs also
+// for a target outside the vocabulary, which on CUDA fails an assertion of the device.
 void cross_entropy_forward(Cpu, const CrossEntropyForward&);
+void cross_entropy_forward(Cuda, const CrossEntropyForward&);
 
 }  // namespace gpt_ext

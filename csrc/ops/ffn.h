@@ -2,7 +2,7 @@
 //   ffn(x) = act(z) W2^T + b2,  z = x W1^T + b1
 // with x (N, d), W1 (h, d), b1 (h), W2 (d, h), b2 (d), all contiguous. In one of two forms:
 //   without a norm   out = ffn(x)
-//   with a norm      out = x + dropout(ffn(norm(x))), the sub-layer of a pre-norm block; CPU only
+//   with a norm      out = x + dropout(ffn(norm(x))), the sub-layer of a pre-norm block
 #pragma once
 
 #include <cstdint>
@@ -31,6 +31,7 @@ struct FfnForward {
   LayerNorm norm;
   Dropout dropout;  // with a norm
   FfnProblem problem;
+  void* workspace = nullptr;
 };
 
 struct FfnBackward {
@@ -42,7 +43,11 @@ struct FfnBackward {
   LayerNorm norm;
   Dropout dropout;
   FfnProblem problem;
+  void* workspace = nullptr;
 };
+
+int64_t workspace_bytes(Cuda, const FfnForward&);
+int64_t workspace_bytes(Cuda, const FfnBackward&);
 
 // Deterministic, bit for bit, whatever the number of threads. Throw gpt_ext::Error.
 void ffn_forward(Cpu, const FfnForward&);

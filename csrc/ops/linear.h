@@ -12,7 +12,8 @@ namespace gpt_ext {
 
 // Two dtypes: parameters, their gradients and the residual stream are kept in one, while products
 // read, and activations between two products are kept in, the other. They are the same, or float32
-// and bfloat16 (autocast: products in bfloat16, everything that is summed over steps in float32).
+// and bfloat16 or, on CUDA, float16 (autocast: products in 16 bits, everything that is summed over
+// steps in float32).
 struct Precision {
   DType stream;   // of parameters and of what a norm reads, and of what is added to a residual
   DType product;  // of every other activation
@@ -45,6 +46,7 @@ struct LinearForward {
   LayerNorm norm;
   Dropout dropout;
   LinearProblem problem;
+  void* workspace = nullptr;  // CUDA: workspace_bytes(...) bytes, aligned as cudaMalloc does
 };
 
 // The residual's gradient is dout itself.
@@ -56,10 +58,17 @@ struct LinearBackward {
   LayerNorm norm;
   Dropout dropout;
   LinearProblem problem;
+  void* workspace = nullptr;
 };
+
+// Memory of the device that a call takes beside its operands. (The CPU's kernels see to their own.)
+int64_t workspace_bytes(Cuda, const LinearForward&);
+int64_t workspace_bytes(Cuda, const LinearBackward&);
 
 // Deterministic, bit for bit, whatever the number of threads. Throw gpt_ext::Error.
 void linear_forward(Cpu, const LinearForward&);
 void linear_backward(Cpu, const LinearBackward&);
+void linear_forward(Cuda, const LinearForward&);
+void linear_backward(Cuda, const LinearBackward&);
 
 }  // namespace gpt_ext

@@ -50,17 +50,19 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, co
       problem.activation == Activation::kRelu ? saved : new_empty(x, hidden_shape, types.product);
   const Tensor statistics =
       new_empty(x, statistics_shape(norm_weight, x), accumulation_type(problem.precision.stream));
-  ffn_forward(device.backend, {.out = out.mutable_data_ptr(),
-                               .saved = saved.mutable_data_ptr(),
-                               .hidden = hidden.mutable_data_ptr(),
-                               .x = x.const_data_ptr(),
-                               .w1 = w1.const_data_ptr(),
-                               .b1 = b1.const_data_ptr(),
-                               .w2 = w2.const_data_ptr(),
-                               .b2 = b2.const_data_ptr(),
-                               .norm = norm_of(norm_weight, norm_bias, norm_eps, statistics),
-                               .dropout = dropout,
-                               .problem = problem});
+  FfnForward params{.out = out.mutable_data_ptr(),
+                    .saved = saved.mutable_data_ptr(),
+                    .hidden = hidden.mutable_data_ptr(),
+                    .x = x.const_data_ptr(),
+                    .w1 = w1.const_data_ptr(),
+                    .b1 = b1.const_data_ptr(),
+                    .w2 = w2.const_data_ptr(),
+                    .b2 = b2.const_data_ptr(),
+                    .norm = norm_of(norm_weight, norm_bias, norm_eps, statistics),
+                    .dropout = dropout,
+                    .problem = problem};
+  const Tensor workspace = workspace_of(device.backend, x, params);
+  ffn_forward(device.backend, params);
   return {out, saved, statistics};
 }
 
@@ -92,22 +94,24 @@ SevenTensors backward(const Tensor& dout, const Tensor& x, const Tensor& w1, con
   const auto [dweight, dweight_data] = gradients.next(types.stream, {problem.model_dim}, has_norm);
   const auto [dbias, dbias_data] = gradients.next(types.stream, {problem.model_dim}, has_norm);
   const Tensor dz = new_empty(x, hidden_shape, types.product);
-  ffn_backward(device.backend, {.dx = dx_data,
-                                .dw1 = dw1_data,
-                                .db1 = db1_data,
-                                .dw2 = dw2_data,
-                                .db2 = db2_data,
-                                .dnorm_weight = dweight_data,
-                                .dnorm_bias = dbias_data,
-                                .dz = dz.mutable_data_ptr(),
-                                .dout = dout.const_data_ptr(),
-                                .x = x.const_data_ptr(),
-                                .w1 = w1.const_data_ptr(),
-                                .w2 = w2.const_data_ptr(),
-                                .saved = saved.const_data_ptr(),
-                                .norm = norm,
-                                .dropout = dropout,
-                                .problem = problem});
+  FfnBackward params{.dx = dx_data,
+                     .dw1 = dw1_data,
+                     .db1 = db1_data,
+                     .dw2 = dw2_data,
+                     .db2 = db2_data,
+                     .dnorm_weight = dweight_data,
+                     .dnorm_bias = dbias_data,
+                     .dz = dz.mutable_data_ptr(),
+                     .dout = dout.const_data_ptr(),
+                     .x = x.const_data_ptr(),
+                     .w1 = w1.const_data_ptr(),
+                     .w2 = w2.const_data_ptr(),
+                     .saved = saved.const_data_ptr(),
+                     .norm = norm,
+                     .dropout = dropout,
+                     .problem = problem};
+  const Tensor workspace = workspace_of(device.backend, x, params);
+  ffn_backward(device.backend, params);
   return {dx, dw1, db1, dw2, db2, dweight, dbias};
 }
 

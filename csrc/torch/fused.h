@@ -40,11 +40,13 @@ template <class Backend>
 Precision checked_precision(const Tensor& w, const char* name, Types types) {
   const DType stream = dtype_of<Backend>(w, name);
   if (types.product == types.stream) return {stream, stream};
-  check(types.stream == ScalarType::Float && types.product == ScalarType::BFloat16, "product is ",
-        torch::headeronly::toString(types.product), ", expected ",
+  constexpr bool kCuda = std::is_same_v<Backend, Cuda>;
+  const bool half = kCuda && types.product == ScalarType::Half;
+  check(types.stream == ScalarType::Float && (half || types.product == ScalarType::BFloat16),
+        "product is ", torch::headeronly::toString(types.product), ", expected ",
         torch::headeronly::toString(types.stream), " as ", name,
-        " or, where that is Float, BFloat16");
-  return {stream, DType::kBFloat16};
+        " or, where that is Float, BFloat16", kCuda ? " or Half" : "");
+  return {stream, half ? DType::kFloat16 : DType::kBFloat16};
 }
 
 inline void check_norm(const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& w,
@@ -75,6 +77,19 @@ inline LayerNorm norm_of(const OptionalTensor& weight, const OptionalTensor& bia
   char* mean = static_cast<char*>(const_cast<void*>(statistics.const_data_ptr()));
   const int64_t bytes = statistics.numel() / 2 * statistics.element_size();
   return {pointer(weight), pointer(bias), eps, mean, mean + bytes};
+}
+
+// The workspace of a call, which it is given: to be kept until the call has returned. Of the
+// current stream, as all of torch's memory, so that it may be used again by what is enqueued later.
+template <class Params>
+Tensor workspace_of(Cpu, const Tensor& like, Params&) {
+  return like;
+}
+template <class Params>
+Tensor workspace_of(Cuda backend, const Tensor& like, Params& params) {
+  const Tensor workspace = new_empty(like, {workspace_bytes(backend, params)}, ScalarType::Byte);
+  params.workspace = workspace.mutable_data_ptr();
+  return workspace;
 }
 
 // The gradients that backward is to compute, allocated in the order of `wanted`; what is not

@@ -13,13 +13,13 @@ STABLE_TORCH_LIBRARY(gpt_ext, m) {
       "float scale, float dropout_p, Tensor? dropout_seed) -> Tensor dqkv");
 
   // Parameters are of one dtype, the stream's; products read, and give, `product`, which is the
-  // same, or bfloat16 where the stream is float32 (ops/linear.h). x (..., d) is the stream's where
+  // same, or 16 bits where the stream is float32 (ops/linear.h). x (..., d) is the stream's where
   // there is a norm, else product's. Every operand is contiguous. statistics (2, ...) are the
   // norm's mean and rstd, of the accumulation type; shape (0) where there is no norm. `wanted` says
   // which gradients to compute, in the order of the results; the others come back with shape (0).
 
   // w (o, d), b (o), norm_weight, norm_bias (d), residual (..., o), the stream's -> out (..., o),
-  // the stream's where there is a residual. The residual's gradient is dout. CPU only.
+  // the stream's where there is a residual. The residual's gradient is dout.
   m.def(
       "linear_forward(Tensor x, Tensor w, Tensor? b, Tensor? norm_weight, Tensor? norm_bias, "
       "Tensor? residual, float norm_eps, float dropout_p, Tensor? dropout_seed, "
@@ -31,14 +31,14 @@ STABLE_TORCH_LIBRARY(gpt_ext, m) {
       "(Tensor dx, Tensor dw, Tensor db, Tensor dnorm_weight, Tensor dnorm_bias)");
 
   // targets (...) int64 -> loss (), of the accumulation type; dlogits (..., V), product, shape (0)
-  // where not wanted. linear_backward takes dlogits for its dout. CPU only.
+  // where not wanted. linear_backward takes dlogits for its dout.
   m.def(
       "cross_entropy_forward(Tensor x, Tensor w, Tensor? b, Tensor? norm_weight, "
       "Tensor? norm_bias, Tensor targets, float norm_eps, int ignore_index, ScalarType product, "
       "bool want_dlogits) -> (Tensor loss, Tensor dlogits, Tensor statistics)");
 
-  // w1 (h, d), b1 (h), w2 (d, h), b2 (d) -> out (..., d) of x's dtype, saved (..., h), product. A
-  // norm, and dropout with it, is for the CPU only. activation: a value of gpt_ext::Activation
+  // w1 (h, d), b1 (h), w2 (d, h), b2 (d) -> out (..., d) of x's dtype, saved (..., h), product.
+  // Dropout is for what has a norm. activation: a value of gpt_ext::Activation
   // (ops/ffn.h); an int, because a str argument leaks its string at every call (torch 2.13's
   // stableivalue_conversions.h).
   m.def(

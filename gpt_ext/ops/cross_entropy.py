@@ -1,7 +1,7 @@
 """A language model's loss over its vocabulary projection: fake kernel, Function, public call.
 
-The kernel is csrc/cpu/cross_entropy_forward.cpp, the raw op
-torch.ops.gpt_ext.cross_entropy_forward; its backward is linear_backward with the gradient of the
+The kernels are csrc/cpu/cross_entropy_forward.cpp and csrc/cuda/cross_entropy_forward.cu, the raw
+op torch.ops.gpt_ext.cross_entropy_forward; its backward is linear_backward with the gradient of the
 logits, which forward leaves.
 """
 
@@ -97,8 +97,8 @@ def cross_entropy(
 
     torch.nn.functional.cross_entropy of the logits, which forward turns into their gradient where
     they lie: that is all backward needs, and the only array of their size. Backward is
-    deterministic, bit for bit. On CUDA, under torch.func transforms and forward-mode AD, and in
-    double backward, plain PyTorch with the same result takes its place.
+    deterministic, bit for bit. Under torch.func transforms, forward-mode AD and in double backward,
+    plain PyTorch with the same result takes its place.
 
     Args:
         x: (..., d), at least one dim.
@@ -115,7 +115,8 @@ def cross_entropy(
     Raises:
         TypeError: an argument is no tensor, or of a wrong or different dtype.
         ValueError: a shape, device or value is wrong.
-        IndexError: a target is outside the vocabulary.
+        IndexError: a target is outside the vocabulary; on CUDA, where looking would wait for the
+            device, it fails a device-side assertion, which the next synchronisation raises.
     """
     operands = _functional.operands_like("weight", weight)
     if weight.dim() != 2:
@@ -133,13 +134,15 @@ def cross_entropy(
 
     tensors = x, weight, bias, norm_weight, norm_bias
     arguments = *tensors, targets, norm_eps, ignore_index, operands.product
-    if weight.is_cuda or _functional.transforms_active():
+    if _functional.transforms_active():
         return _plain_cross_entropy(*arguments)
     try:
         if _functional.needs_grad(*tensors):
             return _CrossEntropy.apply(*arguments)
         return _FORWARD(*arguments, False)[0]
-    except RuntimeError:
+    except RuntimeError:  # of a CPU: a CUDA kernel's comes later
+        if weight.is_cuda:
+            raise
         _check_targets(targets, vocab_size, ignore_index)
         raise
 

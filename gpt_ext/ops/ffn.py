@@ -142,10 +142,10 @@ def feed_forward(
 
     With a norm it is the whole sub-layer of a pre-norm block, x + dropout(ffn(norm(x))).
 
-    The activation is fused into the first product, its derivative into the backward of the second;
-    on CPUs also the norm, dropout and the residual. Backward is deterministic, bit for bit. Under
-    torch.func transforms, forward-mode AD and in double backward, plain PyTorch with the same
-    result takes its place; on CUDA torch's own norm and dropout stand around the kernel.
+    The activation is fused into the first product, its derivative into the backward of the second,
+    dropout and the residual into the second, and on CPUs the norm into the first. Backward is
+    deterministic, bit for bit. Under torch.func transforms, forward-mode AD and in double backward,
+    plain PyTorch with the same result takes its place.
 
     Args:
         x: (..., d), at least one dim; any of the leading ones may be zero.
@@ -176,12 +176,6 @@ def feed_forward(
     operands = _functional.operands_like("w1", w1)
     if w1.dim() != 2:
         raise ValueError(f"w1 has shape {tuple(w1.shape)}, expected (h, d)")
-    if w1.is_cuda:
-        if norm is not None:
-            rows = F.layer_norm(x, x.shape[-1:], *norm)
-            out = feed_forward(rows, w1, b1, w2, b2, activation=activation)
-            return x + F.dropout(out, dropout_p)
-        operands = operands._replace(stream=operands.product)  # its kernels know one dtype
     hidden_dim, model_dim = w1.shape
     stream = operands.stream
     x = take_rows(operands, x, norm, model_dim)

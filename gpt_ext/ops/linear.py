@@ -1,7 +1,7 @@
 """A linear layer with what stands around it in a decoder block: a norm, dropout, the residual.
 
-The kernels are csrc/cpu/linear_*.cpp, the raw ops torch.ops.gpt_ext.linear_forward and
-linear_backward.
+The kernels are csrc/cpu/linear_*.cpp and csrc/cuda/linear_*.cu, the raw ops
+torch.ops.gpt_ext.linear_forward and linear_backward.
 """
 
 from __future__ import annotations
@@ -156,10 +156,9 @@ def linear(
 ) -> Tensor:
     """out = residual + dropout(norm(x) weight^T + bias), over the last dim of x.
 
-    One pass on CPUs: the norm is applied as the product reads x, and bias, dropout and residual as
-    it writes out. Backward is deterministic, bit for bit. On CUDA, under torch.func transforms and
-    forward-mode AD, and in double backward, plain PyTorch with the same result takes its place (on
-    CUDA with torch's own dropout mask).
+    Bias, dropout and residual are applied as the product writes out; on CPUs also the norm, as it
+    reads x. Backward is deterministic, bit for bit. Under torch.func transforms, forward-mode AD
+    and in double backward, plain PyTorch with the same result takes its place.
 
     Args:
         x: (..., d), at least one dim; any of the leading ones may be zero.
@@ -168,7 +167,7 @@ def linear(
         residual: (..., o), what the result is added to, or None for nothing.
         dropout_p: probability, 0 to 1, of dropping each element of norm(x) weight^T + bias; what
             is kept is scaled by 1/(1 - dropout_p). The mask follows from one number drawn from
-            torch's default generator.
+            torch's default generator of the device.
 
         All are float64, float32, bfloat16 or, on CUDA, float16: one dtype, one device. Under
         autocast the product is taken in its dtype, while weight, bias, norm, residual and the x
@@ -197,10 +196,9 @@ def linear(
         residual = operands.take("residual", residual, stream, shape, "(..., o)")
 
     tensors = x, weight, bias, norm_weight, norm_bias, residual
-    on_cuda = weight.is_cuda
-    seed = None if on_cuda else _functional.draw_dropout_seed(dropout_p, operands.device)
+    seed = _functional.draw_dropout_seed(dropout_p, operands.device)
     arguments = *tensors, norm_eps, dropout_p, seed, operands.product
-    if on_cuda or _functional.transforms_active():
+    if _functional.transforms_active():
         return plain_linear(*arguments)
     if _functional.needs_grad(*tensors):
         return _Linear.apply(*arguments)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _LOW_32 = 0xFFFFFFFF
@@ -79,11 +78,9 @@ def residual_keep_mask(seed: Tensor, dropout_p: float, rows: int, columns: int) 
 
 
 def residual_dropout(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """Dropout of x (..., d) by residual_keep_mask; without a seed, by a mask of torch's own."""
-    if dropout_p == 0:
-        return x
+    """Dropout of x (..., d) by residual_keep_mask; without a seed, none."""
     if seed is None:
-        return F.dropout(x, dropout_p)
+        return x
     keep = residual_keep_mask(seed, dropout_p, math.prod(x.shape[:-1]), x.shape[-1])
     kept_scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
     return x * (keep.view(x.shape).to(x.dtype) * kept_scale)

@@ -5,6 +5,7 @@
 #include "attention_case.h"
 #include "cuda_on_host/emulator.h"
 #include "ffn_case.h"
+#include "linear_case.h"
 
 int main() {
   using namespace gpt_ext;
@@ -16,8 +17,21 @@ int main() {
         run_attention(Cuda{}, c, attention_inputs(c));
       }
     }
-    const FfnCase c{dtype, Activation::kGelu, 2, 2, 2};
-    run_ffn(Cuda{}, c, ffn_inputs(c));
+    // Rows for sums in one run and for more, in one part and for more.
+    for (const DType stream : {dtype, DType::kFloat32}) {
+      if (stream != dtype && size_of(dtype) != 2) continue;
+      for (const int64_t rows : {2, 520}) {
+        for (const bool in_block : {false, true}) {
+          const FfnCase ffn{dtype, Activation::kGelu, rows, 2, 2, in_block, stream};
+          run_ffn(Cuda{}, ffn, ffn_inputs(ffn));
+          const LinearCase linear{{stream, dtype}, in_block, in_block, 0.3, rows, 2, 2};
+          run_linear(Cuda{}, linear, linear_inputs(linear));
+        }
+        const LinearCase loss{{stream, dtype}, false, false, 0, rows, 2, 2};
+        run_linear(Cuda{}, loss, linear_inputs(loss));
+        run_cross_entropy(Cuda{}, loss, linear_inputs(loss), cross_entropy_targets(loss));
+      }
+    }
   }
   for (const auto& [kernel, threads, shared_bytes] : cuda_on_host::take_kernels()) {
     std::cout << threads << " " << shared_bytes << " " << kernel << "\n";

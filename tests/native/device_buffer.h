@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "common/error.h"
 #include "numbers.h"
 
@@ -43,6 +45,25 @@ class DeviceBuffer {
  private:
   void* data_ = nullptr;
   size_t size_;
+};
+
+// The workspace that a call is given, as large as it asks for; the CPU's calls ask for none.
+class Workspace {
+ public:
+  template <class Backend, class Params>
+  Workspace(Backend backend, Params& params) : buffer_(bytes(backend, params)) {
+    params.workspace = buffer_.data();
+  }
+
+ private:
+  template <class Backend, class Params>
+  static size_t bytes(Backend backend, const Params& params) {
+    if constexpr (std::is_same_v<Backend, Cpu>)
+      return 0;
+    else
+      return static_cast<size_t>(workspace_bytes(backend, params));
+  }
+  DeviceBuffer buffer_;
 };
 
 }  // namespace gpt_ext::test

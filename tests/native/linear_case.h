@@ -1,12 +1,12 @@
-// One problem of the linear layer or of the loss over it: its inputs, its run on the CPU, and its
-// check against float64, written as the definitions read.
+// One problem of the linear layer or of the loss over it: its inputs, its run on any backend, and
+// its check against float64, written as the definitions read.
 #pragma once
 
 #include <ostream>
 
 #include "check.h"
 #include "common/philox.h"
-#include "numbers.h"
+#include "device_buffer.h"
 #include "ops/cross_entropy.h"
 #include "ops/linear.h"
 
@@ -87,11 +87,12 @@ struct ReferenceNorm {
   }
 };
 
-inline double kept_factor(const LinearCase& c, int64_t row, int64_t column) {
-  if (c.dropout_p == 0) return 1;
-  const ResidualDropout mask(kDropoutSeed, c.dropout_p);
+// What dropout multiplies an element by.
+inline double kept_factor(double dropout_p, int64_t row, int64_t column) {
+  if (dropout_p == 0) return 1;
+  const ResidualDropout mask(kDropoutSeed, dropout_p);
   const bool kept = mask.keep(ResidualDropout::first_block(row), column);
-  return kept ? ResidualDropout::kept_scale(c.dropout_p) : 0;
+  return kept ? ResidualDropout::kept_scale(dropout_p) : 0;
 }
 
 inline LinearResult reference_linear(const LinearCase& c, const LinearInputs& in) {
@@ -103,7 +104,7 @@ inline LinearResult reference_linear(const LinearCase& c, const LinearInputs& in
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t j = 0; j < o; ++j) {
       double z = in.b[j];
-      const double factor = kept_factor(c, i, j), g = in.dout[i * o + j] * factor;
+      const double factor = kept_factor(c.dropout_p, i, j), g = in.dout[i * o + j] * factor;
       r.db[j] += g;
       for (int64_t k = 0; k < d; ++k) {
         z += y[i * d + k] * in.w[j * d + k];
@@ -117,56 +118,83 @@ inline LinearResult reference_linear(const LinearCase& c, const LinearInputs& in
   return r;
 }
 
-// Memory of a dtype on the host; what a kernel is to write starts as NaN.
-class HostBuffer {
+// Memory of a dtype; what a kernel is to write starts as NaN.
+class TypedBuffer {
  public:
-  HostBuffer(DType dtype, const Doubles& values) : dtype_(dtype), bytes_(encode(dtype, values)) {}
-  HostBuffer(DType dtype, size_t count) : HostBuffer(dtype, Doubles(count, NAN)) {}
-  void* data() { return bytes_.data(); }
-  Doubles values() const { return decode(dtype_, bytes_); }
+  TypedBuffer(DType dtype, const Doubles& values) : dtype_(dtype), buffer_(encode(dtype, values)) {}
+  TypedBuffer(DType dtype, size_t count) : TypedBuffer(dtype, Doubles(count, NAN)) {}
+  void* data() const { return buffer_.data(); }
+  Doubles values() const { return decode(dtype_, buffer_.download()); }
 
  private:
   DType dtype_;
-  Bytes bytes_;
+  DeviceBuffer buffer_;
 };
 
-inline LinearResult run_linear(const LinearCase& c, const LinearInputs& in) {
+inline Bytes bytes_of(const std::vector<int64_t>& numbers) {
+  Bytes bytes(numbers.size() * sizeof(int64_t));
+  std::memcpy(bytes.data(), numbers.data(), bytes.size());
+  return bytes;
+}
+
+// Which gradients backward is asked for; for the others it gets null pointers.
+struct LinearWanted {
+  bool dx = true, dw = true, db = true, dnorm_weight = true, dnorm_bias = true;
+};
+
+template <class Backend>
+LinearResult run_linear(Backend backend, const LinearCase& c, const LinearInputs& in,
+                        LinearWanted wanted = {}) {
   const DType stream = c.precision.stream;
-  HostBuffer x(c.x_type(), in.x), w(stream, in.w), b(stream, in.b), residual(stream, in.residual),
-      norm_weight(stream, in.norm_weight), norm_bias(stream, in.norm_bias),
-      dout(c.out_type(), in.dout), mean(accumulation(stream), c.rows),
-      rstd(accumulation(stream), c.rows), out(c.out_type(), in.dout.size()),
-      dx(c.x_type(), in.x.size()), dw(stream, in.w.size()), db(stream, in.b.size()),
-      dnorm_weight(stream, c.in_dim), dnorm_bias(stream, c.in_dim);
+  const TypedBuffer x(c.x_type(), in.x), w(stream, in.w), b(stream, in.b),
+      residual(stream, in.residual), norm_weight(stream, in.norm_weight),
+      norm_bias(stream, in.norm_bias), dout(c.out_type(), in.dout),
+      mean(accumulation(stream), c.rows), rstd(accumulation(stream), c.rows),
+      out(c.out_type(), in.dout.size()), dx(c.x_type(), in.x.size()), dw(stream, in.w.size()),
+      db(stream, in.b.size()), dnorm_weight(stream, c.in_dim), dnorm_bias(stream, c.in_dim);
+  const DeviceBuffer seed(bytes_of({kDropoutSeed}));
+  wanted.dnorm_weight &= c.has_norm;
+  wanted.dnorm_bias &= c.has_norm;
   const LayerNorm norm{c.has_norm ? norm_weight.data() : nullptr, norm_bias.data(), kNormEps,
                        mean.data(), rstd.data()};
-  const Dropout dropout{c.dropout_p, &kDropoutSeed};
+  const Dropout dropout{c.dropout_p, static_cast<const int64_t*>(seed.data())};
   const LinearProblem problem{c.precision, c.rows, c.in_dim, c.out_dim};
-  linear_forward(Cpu{}, {.out = out.data(),
-                         .x = x.data(),
-                         .w = w.data(),
-                         .b = b.data(),
-                         .residual = c.has_residual ? residual.data() : nullptr,
-                         .norm = norm,
-                         .dropout = dropout,
-                         .problem = problem});
-  linear_backward(Cpu{}, {.dx = dx.data(),
-                          .dw = dw.data(),
-                          .db = db.data(),
-                          .dnorm_weight = c.has_norm ? dnorm_weight.data() : nullptr,
-                          .dnorm_bias = c.has_norm ? dnorm_bias.data() : nullptr,
+  LinearForward forward{.out = out.data(),
+                        .x = x.data(),
+                        .w = w.data(),
+                        .b = b.data(),
+                        .residual = c.has_residual ? residual.data() : nullptr,
+                        .norm = norm,
+                        .dropout = dropout,
+                        .problem = problem};
+  const Workspace forward_workspace(backend, forward);
+  linear_forward(backend, forward);
+  const auto pointer = [](const TypedBuffer& buffer, bool is_wanted) {
+    return is_wanted ? buffer.data() : nullptr;
+  };
+  LinearBackward backward{.dx = pointer(dx, wanted.dx),
+                          .dw = pointer(dw, wanted.dw),
+                          .db = pointer(db, wanted.db),
+                          .dnorm_weight = pointer(dnorm_weight, wanted.dnorm_weight),
+                          .dnorm_bias = pointer(dnorm_bias, wanted.dnorm_bias),
                           .dout = dout.data(),
                           .x = x.data(),
                           .w = w.data(),
                           .has_residual = c.has_residual,
                           .norm = norm,
                           .dropout = dropout,
-                          .problem = problem});
-  const auto of_norm = [&](const HostBuffer& gradient) {
-    return c.has_norm ? gradient.values() : Doubles(c.in_dim);
+                          .problem = problem};
+  const Workspace backward_workspace(backend, backward);
+  linear_backward(backend, backward);
+  const auto values = [](const TypedBuffer& buffer, bool is_wanted, size_t size) {
+    return is_wanted ? buffer.values() : Doubles(size);
   };
-  return {out.values(), dx.values(),           dw.values(),
-          db.values(),  of_norm(dnorm_weight), of_norm(dnorm_bias)};
+  return {out.values(),
+          values(dx, wanted.dx, in.x.size()),
+          values(dw, wanted.dw, in.w.size()),
+          values(db, wanted.db, in.b.size()),
+          values(dnorm_weight, wanted.dnorm_weight, c.in_dim),
+          values(dnorm_bias, wanted.dnorm_bias, c.in_dim)};
 }
 
 // In the narrow type x, w and g are rounded once on the way, the result once more.
@@ -175,9 +203,11 @@ inline double linear_tolerance(const Precision& precision) {
   return 64 * rounding(accumulation(product)) + (size_of(product) == 2 ? 4 * rounding(product) : 0);
 }
 
-inline void check_linear(const LinearCase& c) {
+template <class Backend>
+void check_linear(Backend backend, const LinearCase& c) {
   const LinearInputs inputs = linear_inputs(c);
-  const LinearResult actual = run_linear(c, inputs), expected = reference_linear(c, inputs);
+  const LinearResult actual = run_linear(backend, c, inputs),
+                     expected = reference_linear(c, inputs);
   const auto check_one = [&](const char* what, const Doubles& a, const Doubles& e) {
     CHECK(error(a, e) <= linear_tolerance(c.precision), what, " error=", error(a, e), " ", c);
   };
@@ -189,47 +219,76 @@ inline void check_linear(const LinearCase& c) {
   check_one("dnorm_bias", actual.dnorm_bias, expected.dnorm_bias);
 }
 
-// The loss over the case's product, every third row ignored; logits of the order of 1.
-inline void check_cross_entropy(LinearCase c) {
-  constexpr int64_t kIgnored = -100;
-  c.has_residual = false;
-  const LinearInputs in = linear_inputs(c);
+struct CrossEntropyResult {
+  Doubles loss, dlogits;  // dlogits times the rows counted
+};
+
+constexpr int64_t kIgnored = -100;
+
+// Every third row is ignored.
+inline std::vector<int64_t> cross_entropy_targets(const LinearCase& c) {
+  std::vector<int64_t> targets(c.rows, kIgnored);
+  for (int64_t i = 0; i < c.rows; ++i)
+    if (i % 3 != 2) targets[i] = i * 7 % c.out_dim;
+  return targets;
+}
+inline double counted_rows(const LinearCase& c) { return static_cast<double>(c.rows - c.rows / 3); }
+
+// The loss over the case's product; logits of the order of 1.
+inline CrossEntropyResult reference_cross_entropy(const LinearCase& c, const LinearInputs& in) {
   const int64_t n = c.rows, vocabulary = c.out_dim;
   const Doubles z = reference_linear(c, in).out;
-  std::vector<int64_t> targets(n, kIgnored);
-  for (int64_t i = 0; i < n; ++i)
-    if (i % 3 != 2) targets[i] = i * 7 % vocabulary;
-  const double count = static_cast<double>(n - n / 3);
-  Doubles loss(1), dlogits(n * vocabulary);
+  const std::vector<int64_t> targets = cross_entropy_targets(c);
+  CrossEntropyResult r{Doubles(1), Doubles(n * vocabulary)};
   for (int64_t i = 0; i < n; ++i) {
     if (targets[i] == kIgnored) continue;
     double sum = 0;
     for (int64_t v = 0; v < vocabulary; ++v) sum += std::exp(z[i * vocabulary + v]);
-    loss[0] += (std::log(sum) - z[i * vocabulary + targets[i]]) / count;
+    r.loss[0] += (std::log(sum) - z[i * vocabulary + targets[i]]) / counted_rows(c);
     for (int64_t v = 0; v < vocabulary; ++v)
-      dlogits[i * vocabulary + v] = std::exp(z[i * vocabulary + v]) / sum - (v == targets[i]);
+      r.dlogits[i * vocabulary + v] = std::exp(z[i * vocabulary + v]) / sum - (v == targets[i]);
   }
+  return r;
+}
 
+template <class Backend>
+CrossEntropyResult run_cross_entropy(Backend backend, const LinearCase& c, const LinearInputs& in,
+                                     const std::vector<int64_t>& targets,
+                                     bool want_dlogits = true) {
   const DType stream = c.precision.stream;
-  HostBuffer x(c.x_type(), in.x), w(stream, in.w), b(stream, in.b),
+  const TypedBuffer x(c.x_type(), in.x), w(stream, in.w), b(stream, in.b),
       norm_weight(stream, in.norm_weight), norm_bias(stream, in.norm_bias),
-      mean(accumulation(stream), n), rstd(accumulation(stream), n),
-      actual_loss(accumulation(stream), 1), actual_dlogits(c.precision.product, dlogits.size());
-  cross_entropy_forward(Cpu{}, {.loss = actual_loss.data(),
-                                .dlogits = actual_dlogits.data(),
-                                .x = x.data(),
-                                .w = w.data(),
-                                .b = b.data(),
-                                .targets = targets.data(),
-                                .ignore_index = kIgnored,
-                                .norm = {c.has_norm ? norm_weight.data() : nullptr,
-                                         norm_bias.data(), kNormEps, mean.data(), rstd.data()},
-                                .problem = {c.precision, n, c.in_dim, vocabulary}});
-  Doubles scaled = actual_dlogits.values();
-  for (double& value : scaled) value *= count;
+      mean(accumulation(stream), c.rows), rstd(accumulation(stream), c.rows),
+      loss(accumulation(stream), 1), dlogits(c.precision.product, c.rows * c.out_dim);
+  const DeviceBuffer target_buffer(bytes_of(targets));
+  CrossEntropyForward forward{.loss = loss.data(),
+                              .dlogits = want_dlogits ? dlogits.data() : nullptr,
+                              .x = x.data(),
+                              .w = w.data(),
+                              .b = b.data(),
+                              .targets = static_cast<const int64_t*>(target_buffer.data()),
+                              .ignore_index = kIgnored,
+                              .norm = {c.has_norm ? norm_weight.data() : nullptr, norm_bias.data(),
+                                       kNormEps, mean.data(), rstd.data()},
+                              .problem = {c.precision, c.rows, c.in_dim, c.out_dim}};
+  const Workspace workspace(backend, forward);
+  cross_entropy_forward(backend, forward);
+  CrossEntropyResult r{loss.values(), dlogits.values()};
+  for (double& value : r.dlogits) value *= counted_rows(c);
+  return r;
+}
+
+template <class Backend>
+void check_cross_entropy(Backend backend, LinearCase c) {
+  c.has_residual = false;
+  c.dropout_p = 0;
+  const LinearInputs in = linear_inputs(c);
+  const CrossEntropyResult actual = run_cross_entropy(backend, c, in, cross_entropy_targets(c)),
+                           expected = reference_cross_entropy(c, in);
   const double tolerance = linear_tolerance(c.precision);
-  CHECK(error(actual_loss.values(), loss) <= tolerance, error(actual_loss.values(), loss), " ", c);
-  CHECK(error(scaled, dlogits) <= tolerance, error(scaled, dlogits), " ", c);
+  CHECK(error(actual.loss, expected.loss) <= tolerance, error(actual.loss, expected.loss), " ", c);
+  CHECK(error(actual.dlogits, expected.dlogits) <= tolerance,
+        error(actual.dlogits, expected.dlogits), " ", c);
 }
 
 }  // namespace gpt_ext::test

@@ -64,9 +64,10 @@ inline AttentionResult reference_attention(const AttentionInputs& in, int64_t ba
 
 struct FfnInputs {
   Doubles x, w1, b1, w2, b2, dout;
+  Doubles norm_weight, norm_bias;  // of the sub-layer in a block
 };
 struct FfnResult {
-  Doubles out, dx, dw1, db1, dw2, db2;
+  Doubles out, dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias;
 };
 
 // act(z) and act'(z)
@@ -87,8 +88,14 @@ inline std::pair<double, double> reference_activation(Activation activation, dou
 
 inline FfnResult reference_ffn(const FfnInputs& in, Activation activation, int64_t rows, int64_t d,
                                int64_t h) {
-  FfnResult r{Doubles(rows * d), Doubles(rows * d), Doubles(h * d),
-              Doubles(h),        Doubles(d * h),    Doubles(d)};
+  FfnResult r{Doubles(rows * d),
+              Doubles(rows * d),
+              Doubles(h * d),
+              Doubles(h),
+              Doubles(d * h),
+              Doubles(d),
+              {},
+              {}};
   for (int64_t n = 0; n < rows; ++n) {
     for (int64_t c = 0; c < d; ++c) {
       r.out[n * d + c] = in.b2[c];

@@ -4,6 +4,7 @@
 #include "check.h"
 #include "cuda_on_host/emulator.h"
 #include "ffn_case.h"
+#include "linear_case.h"
 
 namespace gpt_ext::test {
 namespace {
@@ -34,6 +35,21 @@ Doubles ffn(DType dtype) {
   return join({&r.out, &r.dx, &r.dw1, &r.db1, &r.dw2, &r.db2});
 }
 
+// In a block, and with sums that are cut into parts.
+Doubles linear(const Precision& precision) {
+  const LinearCase c{precision, true, true, 0.3, 530, 34, 70};
+  const LinearResult r = run_linear(Cuda{}, c, linear_inputs(c));
+  return join({&r.out, &r.dx, &r.dw, &r.db, &r.dnorm_weight, &r.dnorm_bias});
+}
+Doubles cross_entropy(const Precision& precision) {
+  const LinearCase c{precision, true, false, 0, 5, 70, 300};
+  const CrossEntropyResult r =
+      run_cross_entropy(Cuda{}, c, linear_inputs(c), cross_entropy_targets(c));
+  return join({&r.loss, &r.dlogits});
+}
+constexpr Precision kFloat{DType::kFloat32, DType::kFloat32},
+    kMixed{DType::kFloat32, DType::kBFloat16};
+
 template <class Op>
 void check_schedules(Op&& op) {
   const Doubles expected = [&] {
@@ -59,6 +75,12 @@ TEST(attention_is_the_same_in_every_schedule) {
 TEST(ffn_is_the_same_in_every_schedule) {
   check_schedules([] { return ffn(DType::kFloat32); });
   check_schedules([] { return ffn(DType::kFloat16); });
+}
+
+TEST(linear_and_cross_entropy_are_the_same_in_every_schedule) {
+  check_schedules([] { return linear(kFloat); });
+  check_schedules([] { return linear(kMixed); });
+  check_schedules([] { return cross_entropy(kMixed); });
 }
 
 // What a missing barrier or shuffle gives depends on the schedule: NaN, other numbers, or an error.
@@ -99,6 +121,26 @@ TEST(attention_on_tensor_cores_needs_each_instruction) {
 
 TEST(ffn_on_tensor_cores_needs_each_instruction) {
   check_every_site(12, [] { return ffn(DType::kBFloat16); });
+}
+
+// And those of norms and column sums: a shuffle and a barrier.
+TEST(linear_needs_each_instruction) {
+  check_every_site(4, [] { return linear(kFloat); });
+  check_every_site(14, [] { return linear(kMixed); });
+}
+
+TEST(cross_entropy_needs_each_barrier_and_shuffle) {  // two and one, besides the product's and
+                                                      // norm's
+  check_every_site(6, [] { return cross_entropy(kFloat); });
+}
+
+TEST(a_target_outside_the_vocabulary_fails_an_assertion) {
+  const LinearCase c{kFloat, false, false, 0, 3, 4, 5};
+  for (const int64_t bad : {int64_t{5}, int64_t{-1}, int64_t{1} << 40}) {
+    const std::string message = check::message_of(
+        [&] { run_cross_entropy(Cuda{}, c, linear_inputs(c), {0, kIgnored, bad}); });
+    CHECK(message.find("in the vocabulary or ignore_index") != std::string::npos, message);
+  }
 }
 
 }  // namespace

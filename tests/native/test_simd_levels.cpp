@@ -72,11 +72,11 @@ TEST(linear_at_every_level) {
     for (const Precision& precision : kPrecisions) {
       for (const bool norm : {false, true}) {
         for (const bool residual : {false, true}) {
-          check_linear({precision, norm, residual, 0.3, 70, 42, 130});
-          check_linear({precision, norm, residual, 0, 129, 65, 7});
-          check_linear({precision, norm, residual, 0, 0, 5, 7});
+          check_linear(Cpu{}, {precision, norm, residual, 0.3, 70, 42, 130});
+          check_linear(Cpu{}, {precision, norm, residual, 0, 129, 65, 7});
+          check_linear(Cpu{}, {precision, norm, residual, 0, 0, 5, 7});
           for (const int64_t odd : {1, 2, 15, 17})
-            check_linear({precision, norm, residual, 0.5, odd, odd + 2, 33});
+            check_linear(Cpu{}, {precision, norm, residual, 0.5, odd, odd + 2, 33});
         }
       }
     }
@@ -88,9 +88,9 @@ TEST(linear_at_every_level) {
 TEST(long_sums_at_every_level) {
   at_every_level([] {
     for (const Precision& precision : kPrecisions) {
-      check_linear({precision, true, false, 0, 2101, 20, 30});
-      check_linear({precision, false, true, 0, 13, 2101, 70});
-      check_linear({precision, false, false, 0, 2100, 790, 7});
+      check_linear(Cpu{}, {precision, true, false, 0, 2101, 20, 30});
+      check_linear(Cpu{}, {precision, false, true, 0, 13, 2101, 70});
+      check_linear(Cpu{}, {precision, false, false, 0, 2100, 790, 7});
     }
     check_ffn(Cpu{}, {DType::kFloat32, Activation::kGelu, 1100, 20, 30});
   });
@@ -101,7 +101,7 @@ TEST(cross_entropy_at_every_level) {
     for (const Precision& precision : kPrecisions)
       for (const bool norm : {false, true})
         for (const int64_t vocabulary : {1, 7, 16, 104, 300})
-          check_cross_entropy({precision, norm, false, 0, 40, 33, vocabulary});
+          check_cross_entropy(Cpu{}, {precision, norm, false, 0, 40, 33, vocabulary});
   });
 }
 

@@ -81,12 +81,12 @@ def by_name(function: Callable[..., Tensor], names: list[str], *first: Any) -> C
     return lambda *tensors: function(*first, **dict(zip(names, tensors, strict=True)))
 
 
-def drawn_factor(form: set[str], rows: int, columns: int) -> Tensor | None:
+def drawn_factor(form: set[str], rows: int, columns: int, device: str) -> Tensor | None:
     """What dropout multiplies by where the generator starts from `ours`'s seed."""
     if "dropout" not in form:
         return None
     torch.manual_seed(7)
-    seed = torch.randint(2**63 - 1, (1,)).item()
+    seed = torch.randint(2**63 - 1, (1,), device=device).item()
     return reference.residual_keep_mask(seed, P, rows, columns).double() / (1 - P)
 
 
@@ -98,13 +98,13 @@ def results(inputs: dict[str, Tensor], dout: Tensor, form: set[str]) -> list[Ten
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mode", MODES)
 def test_values_and_gradients(mode: str, form: str, backend: str) -> None:
-    parts = FORMS[form] - ({"dropout"} if backend == "cuda" else set())  # the mask is torch's there
+    parts = FORMS[form]
     for rows, d, o in SIZES:
         inputs = make((rows,), d, o, parts, backend, MODES[mode])
         names = list(inputs)
         if mode == "autocast" and "norm" not in parts:
             inputs["x"] = inputs["x"].bfloat16()  # where it comes from another product
-        factor = drawn_factor(parts, rows, o)
+        factor = drawn_factor(parts, rows, o, backend)
         with autocast_of(mode, backend):
             out = eager(factor, **inputs)
             dout = torch.randn_like(out)
@@ -119,16 +119,14 @@ def test_values_and_gradients(mode: str, form: str, backend: str) -> None:
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
 def test_dropout_keeps_what_the_mask_says(p: float, backend: str) -> None:
-    if backend == "cuda":
-        pytest.skip("on CUDA the mask is torch's own")
     rows, columns = 37, 70
     x, weight = torch.zeros(rows, 3, device=backend), torch.zeros(columns, 3, device=backend)
     bias = torch.ones(columns, device=backend, requires_grad=True)
     out = ours(p, x=x, weight=weight, bias=bias)
     torch.manual_seed(7)
-    seed = torch.randint(2**63 - 1, (1,)).item()
-    keep = reference.residual_keep_mask(seed, p, rows, columns)
-    factor = keep.float() / (1 - p) if p < 1 else torch.zeros(rows, columns)
+    seed = torch.randint(2**63 - 1, (1,), device=backend).item()
+    keep = reference.residual_keep_mask(seed, p, rows, columns).to(backend)
+    factor = keep.float() / (1 - p) if p < 1 else torch.zeros(rows, columns, device=backend)
     torch.testing.assert_close(out.detach(), factor)
     out.sum().backward()
     torch.testing.assert_close(bias.grad, factor.sum(0))

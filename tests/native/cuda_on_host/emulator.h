@@ -87,6 +87,9 @@ std::byte* shared_memory();
 void barrier(const std::source_location& where);
 void warp_barrier(unsigned mask, const std::source_location& where);
 
+// Throws an Error that says which kernel, block and thread did it.
+[[noreturn]] void throw_error(const std::string& what);
+
 // A meeting of the 32 lanes of a warp: each brings a value, and nobody goes on before all are
 // there. The last one to come makes `combine` of the values; then each finds at [i] what lane i
 // brought, or what was made of it, valid until this lane's next meeting.

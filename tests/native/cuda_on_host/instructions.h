@@ -7,9 +7,6 @@
 
 namespace cuda_on_host {
 
-// Throws an Error that says which kernel, block and thread did it.
-[[noreturn]] void throw_error(const std::string& what);
-
 void note(const std::source_location& where);  // a place where a bug can be planted
 bool in_shared_memory(const void* begin, size_t bytes);
 

@@ -4,6 +4,7 @@
 
 #include <math.h>
 
+#include <cassert>
 #include <cstddef>
 #include <source_location>
 #include <tuple>
@@ -15,6 +16,10 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
+
+// A device's assertion, which ends the kernel, ends the test with an exception.
+#define __assert_fail(what, file, line, function) \
+  cuda_on_host::throw_error(std::string("assertion failed: ") + what)
 
 struct dim3 {
   unsigned x, y, z;

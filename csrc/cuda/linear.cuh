@@ -1,0 +1,261 @@
+// What linear, ffn and cross_entropy share: the operands of their products, dropout on what comes
+// out, the gradients of a weight and its bias.
+#pragma once
+
+#include <algorithm>
+
+#include "common/philox.h"
+#include "cuda/gemm_mma.cuh"
+#include "cuda/norm.cuh"
+#include "cuda/workspace.cuh"
+
+namespace gpt_ext::cuda {
+
+// f(stream, product): std::type_identity of either element type.
+template <class F>
+void dispatch_precision(const Precision& precision, F&& f) {
+  dispatch_dtype(precision.product, [&](auto product) {
+    if (precision.stream == precision.product) return f(product, product);
+    if constexpr (sizeof(typename decltype(product)::type) == 2) {
+      if (precision.stream == DType::kFloat32) return f(std::type_identity<float>{}, product);
+    }
+    throw Error("stream and product are of two dtypes, expected float32 and one of 16 bits");
+  });
+}
+
+// What dropout multiplies elements of (rows, columns) by; all by 1 where there is none. The seed is
+// read on the device, when the kernel runs: a captured graph draws anew each time it is replayed.
+class DropoutFactors {
+ public:
+  explicit DropoutFactors(const Dropout& dropout)
+      : seed_(dropout.p > 0 ? dropout.seed : nullptr),
+        mask_(0, dropout.p),
+        scale_(ResidualDropout::kept_scale(dropout.p)) {}
+
+  // Multiplies a run by them: one draw, for its columns share their quotient by 4.
+  template <class Acc>
+  __device__ void apply(int64_t row, int64_t column, Run<Acc>& run) const {
+    if (seed_ == nullptr) return;
+    Philox4 place = ResidualDropout::first_block(row);
+    place.word[0] = static_cast<uint32_t>(column / 4);
+    const Philox4 drawn = philox(static_cast<uint64_t>(*seed_), place);
+    uint32_t kept = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) kept |= uint32_t{drawn.word[j] >= mask_.threshold} << j;
+    for_run(run, [&](int j) {
+      run.at[j] *= kept >> (column % 4 + j) & 1 ? static_cast<Acc>(scale_) : Acc{0};
+    });
+  }
+
+ private:
+  const int64_t* seed_;
+  ResidualDropout mask_;
+  double scale_;
+};
+
+// out = residual + dropout(C + bias); residual and bias may be null.
+template <class Out, class Stream>
+struct StoreLinear {
+  using Acc = Accumulator<Stream>;
+  Out* out;
+  const Stream *bias, *residual;
+  int64_t columns;
+  DropoutFactors dropout;
+  __device__ void operator()(int64_t row, int64_t column, Run<Acc> run) const {
+    const int64_t index = row * columns + column;
+    if (bias != nullptr) {
+      for_run(run, [&](int j) { run.at[j] += static_cast<Acc>(bias[column + j]); });
+    }
+    dropout.apply(row, column, run);
+    if (residual != nullptr) {
+      for_run(run, [&](int j) { run.at[j] += static_cast<Acc>(residual[index + j]); });
+    }
+    store_run(out + index, run);
+  }
+};
+
+// to = dropout(from), of another type: a thread takes four neighbours of a row.
+template <class To, class From>
+__global__ void __launch_bounds__(kThreads)
+    convert_kernel(To* to, const From* from, int64_t rows, int64_t columns,
+                   const DropoutFactors dropout) {
+  using Acc = Accumulator<From>;
+  const int64_t across = (columns + 3) / 4;
+  const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int64_t row = index / across, column = index % across * 4;
+  if (row >= rows) return;
+  const int64_t left = columns - column, at = row * columns + column;
+  Run<Acc> run{{}, left < 4 ? static_cast<int>(left) : 4};
+  for_run(run, [&](int j) { run.at[j] = static_cast<Acc>(from[at + j]); });
+  dropout.apply(row, column, run);
+  store_run(to + at, run);
+}
+template <class To, class From>
+void convert(Cuda backend, const char* name, To* to, const From* from, int64_t rows,
+             int64_t columns, const Dropout& dropout = {}) {
+  launch(backend, name, convert_kernel<To, From>,
+         (rows * ((columns + 3) / 4) + kThreads - 1) / kThreads, kThreads, 0, to, from, rows,
+         columns, DropoutFactors(dropout));
+}
+
+// A weight (o, d) as products read it: itself, or a copy in their type.
+template <class Product, class Stream>
+struct Weight {
+  const Stream* stream;
+  Product* copy;  // null where the types are the same
+  int64_t rows, columns;
+
+  Weight(const void* w, int64_t rows, int64_t columns, Workspace& workspace)
+      : stream(static_cast<const Stream*>(w)),
+        copy(workspace.take<Product>(rows * columns, !std::is_same_v<Product, Stream>)),
+        rows(rows),
+        columns(columns) {}
+
+  Matrix<Product> matrix(Cuda backend, const char* name) const {
+    if constexpr (std::is_same_v<Product, Stream>) {
+      return {stream, columns, rows, columns};
+    } else {
+      convert(backend, name, copy, stream, rows, columns);
+      return {copy, columns, rows, columns};
+    }
+  }
+};
+
+// The rows (N, d) that a product reads: x, or norm(x), made in the workspace.
+template <class Product, class Stream>
+struct Rows {
+  const void* x;
+  Product* normed;  // null where there is no norm
+  int64_t rows, columns;
+
+  Rows(const void* x, const LayerNorm& norm, int64_t rows, int64_t columns, Workspace& workspace)
+      : x(x),
+        normed(workspace.take<Product>(rows * columns, norm.weight != nullptr)),
+        rows(rows),
+        columns(columns) {}
+
+  // For forward, which takes the norm's statistics first, and for backward, which has them.
+  Matrix<Product> matrix(Cuda backend, const char* name, const LayerNorm& norm,
+                         bool statistics_taken) const {
+    if (norm.weight == nullptr) return {static_cast<const Product*>(x), columns, rows, columns};
+    const Stream* in = static_cast<const Stream*>(x);
+    if (!statistics_taken) {
+      launch(backend, name, norm_statistics_kernel<Stream>, row_blocks(rows), kRowThreads, 0, in,
+             Norm<Stream>(norm), rows, columns);
+    }
+    launch(backend, name, normalize_kernel<Stream, Product>, row_blocks(rows), kRowThreads, 0,
+           normed, in, Norm<Stream>(norm), rows, columns);
+    return {normed, columns, rows, columns};
+  }
+};
+
+// A weight's gradient is a small matrix of long sums. Where its tiles, of 64 x 64, are fewer than
+// two blocks for each of an H100's 132 multiprocessors, the sums are cut, but not below 256 terms,
+// the eight steps in which a block's stages fill. By the sizes alone: so are the bits of the
+// result.
+inline Split split_sums(int64_t rows, int64_t columns, int64_t depth) {
+  constexpr int64_t kTiles = 64, kBlocks = 2 * 132, kLeast = 256;
+  const int64_t tiles = ((rows + kTiles - 1) / kTiles) * ((columns + kTiles - 1) / kTiles);
+  const int64_t wanted = tiles > 0 ? kBlocks / tiles : 1;
+  const int64_t count = std::min(wanted, depth / kLeast);
+  if (count <= 1) return {1, depth};
+  const int64_t terms = ((depth + count - 1) / count + kTiles - 1) / kTiles * kTiles;
+  return {(depth + terms - 1) / terms, terms};
+}
+
+// dw (o, d) = g^T y and db (o) = sums of g's rows, either null where not wanted.
+template <class Product, class Stream>
+class WeightGradients {
+ public:
+  using Acc = Accumulator<Stream>;
+
+  WeightGradients(void* dw, void* db, int64_t rows, int64_t o, int64_t d, Workspace& workspace)
+      : dw_(static_cast<Stream*>(dw)),
+        db_(static_cast<Stream*>(db)),
+        o_(o),
+        d_(d),
+        split_(split_sums(o, d, rows)),
+        dw_parts_(workspace.take<Acc>(split_.count * o * d, dw != nullptr && split_.count > 1)),
+        db_parts_(workspace.take<Acc>(db_sums(rows), db != nullptr)) {}
+
+  void compute(Cuda backend, const char* name, const Matrix<Product>& g, const auto& y) const {
+    if (dw_ == nullptr && db_ == nullptr) return;
+    if constexpr (sizeof(Product) == 2) {
+      const int64_t columns = dw_ == nullptr ? 0 : d_;
+      if (split_.count == 1) {
+        return gemm<Layout::kTN>(backend, name, g, y, o_, columns, y.rows, Store<Stream>{dw_, d_},
+                                 &split_, db_);
+      }
+      gemm<Layout::kTN>(backend, name, g, y, o_, columns, y.rows, Store<Acc>{dw_parts_, d_},
+                        &split_, db_parts_);
+      if (db_ != nullptr) add_parts(backend, name, db_, db_parts_, o_);
+    } else {
+      if (db_ != nullptr) {
+        column_sums(backend, name, Columns<Product>{g.data, o_}, StoreSum<Stream>{db_}, g.rows, o_,
+                    db_parts_);
+      }
+      if (dw_ == nullptr) return;
+      Acc* to = split_.count == 1 ? dw_ : dw_parts_;
+      gemm<Layout::kTN>(backend, name, g, y, o_, d_, y.rows, Store<Acc>{to, d_}, &split_);
+    }
+    if (dw_ != nullptr && split_.count > 1) add_parts(backend, name, dw_, dw_parts_, o_ * d_);
+  }
+
+ private:
+  int64_t db_sums(int64_t rows) const {
+    if (sizeof(Product) == 2) return split_.count > 1 ? split_.count * o_ : 0;
+    return partial_sums(rows, o_);
+  }
+  void add_parts(Cuda backend, const char* name, Stream* sum, const Acc* parts,
+                 int64_t size) const {
+    short_column_sums(backend, name, Columns<Acc>{parts, size}, StoreSum<Stream>{sum}, split_.count,
+                      size);
+  }
+
+  Stream *dw_, *db_;
+  int64_t o_, d_;
+  Split split_;
+  Acc *dw_parts_, *db_parts_;
+};
+
+// From g (N, o) and w (o, d) to dy = g W and so to dx, through the norm where there is one. P is
+// LinearBackward or FfnBackward.
+template <class Product, class Stream, class P>
+class InputGradients {
+ public:
+  InputGradients(const P& p, int64_t rows, int64_t d, Workspace& workspace)
+      : p_(p),
+        rows_(rows),
+        d_(d),
+        dy_(workspace.take<Stream>(rows * d, through_norm() && wanted() && p.dx == nullptr)),
+        sums_(
+            workspace.take<NormSums<Accumulator<Stream>>>(partial_sums(rows, d), through_norm())) {}
+
+  bool wanted() const {
+    return p_.dx != nullptr || p_.dnorm_weight != nullptr || p_.dnorm_bias != nullptr;
+  }
+
+  // `skip` is added to dx, unless it is null; with a norm.
+  void compute(Cuda backend, const char* name, const Matrix<Product>& g, const Matrix<Product>& w,
+               const Stream* skip) const {
+    if (!through_norm()) {
+      return gemm<Layout::kNN>(backend, name, g, w, rows_, d_, g.columns,
+                               Store<Product>{static_cast<Product*>(p_.dx), d_});
+    }
+    Stream* dy = p_.dx != nullptr ? static_cast<Stream*>(p_.dx) : dy_;
+    gemm<Layout::kNN>(backend, name, g, w, rows_, d_, g.columns, Store<Stream>{dy, d_});
+    norm_backward(backend, name, dy, p_.dx != nullptr, static_cast<Stream*>(p_.dnorm_weight),
+                  static_cast<Stream*>(p_.dnorm_bias), static_cast<const Stream*>(p_.x), skip,
+                  p_.norm, rows_, d_, sums_);
+  }
+
+ private:
+  bool through_norm() const { return p_.norm.weight != nullptr; }
+
+  const P& p_;
+  int64_t rows_, d_;
+  Stream* dy_;  // where dx is not wanted, whose memory it takes else
+  NormSums<Accumulator<Stream>>* sums_;
+};
+
+}  // namespace gpt_ext::cuda

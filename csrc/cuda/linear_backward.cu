@@ -1,0 +1,74 @@
+// A linear layer, backward. With g the gradient before dropout, and y = norm(x), made anew:
+//   dw = g^T y,  db = sums of g's columns,  dy = g W, from which the norm's backward makes dx
+#include "cuda/linear.cuh"
+
+namespace gpt_ext::cuda {
+
+template <class Stream, class Product>
+struct LinearBackwardParts {
+  Workspace workspace;
+  Product* g;  // null where it is dout itself
+  Rows<Product, Stream> rows;
+  Weight<Product, Stream> w;
+  InputGradients<Product, Stream, LinearBackward> of_input;
+  WeightGradients<Product, Stream> of_weight;
+
+  explicit LinearBackwardParts(const LinearBackward& p)
+      : workspace(p.workspace),
+        g(workspace.take<Product>(
+            p.problem.rows * p.problem.out_dim,
+            p.dropout.p > 0 || (p.has_residual && !std::is_same_v<Stream, Product>))),
+        rows(p.x, p.norm, p.problem.rows, p.problem.in_dim, workspace),
+        w(p.w, p.problem.out_dim, p.problem.in_dim, workspace),
+        of_input(p, p.problem.rows, p.problem.in_dim, workspace),
+        of_weight(p.dw, p.db, p.problem.rows, p.problem.out_dim, p.problem.in_dim, workspace) {}
+};
+
+// The gradient before dropout, as the products read it.
+template <class Stream, class Product>
+Matrix<Product> before_dropout(Cuda backend, const LinearBackward& p, Product* g) {
+  const int64_t rows = p.problem.rows, o = p.problem.out_dim;
+  if (g == nullptr) return {static_cast<const Product*>(p.dout), o, rows, o};
+  const auto undo = [&](const auto* dout) {
+    convert(backend, "linear_backward: dropout", g, dout, rows, o, p.dropout);
+  };
+  if (p.has_residual) {
+    undo(static_cast<const Stream*>(p.dout));
+  } else {
+    undo(static_cast<const Product*>(p.dout));
+  }
+  return {g, o, rows, o};
+}
+
+}  // namespace gpt_ext::cuda
+
+namespace gpt_ext {
+
+int64_t workspace_bytes(Cuda, const LinearBackward& p) {
+  int64_t bytes = 0;
+  cuda::dispatch_precision(p.problem.precision, [&](auto stream, auto product) {
+    using Parts = cuda::LinearBackwardParts<typename decltype(stream)::type,
+                                            typename decltype(product)::type>;
+    bytes = Parts(p).workspace.bytes();
+  });
+  return bytes;
+}
+
+void linear_backward(Cuda backend, const LinearBackward& p) {
+  cuda::dispatch_precision(p.problem.precision, [&](auto stream, auto product) {
+    using Stream = typename decltype(stream)::type;
+    using Product = typename decltype(product)::type;
+    const cuda::LinearBackwardParts<Stream, Product> parts(p);
+    const auto g = cuda::before_dropout<Stream>(backend, p, parts.g);
+    if (p.dw != nullptr || p.db != nullptr) {
+      const auto y = parts.rows.matrix(backend, "linear_backward: y", p.norm, true);
+      parts.of_weight.compute(backend, "linear_backward: dw, db", g, y);
+    }
+    if (parts.of_input.wanted()) {
+      const auto w = parts.w.matrix(backend, "linear_backward: w");
+      parts.of_input.compute(backend, "linear_backward: dx", g, w, nullptr);
+    }
+  });
+}
+
+}  // namespace gpt_ext

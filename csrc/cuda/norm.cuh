@@ -1,0 +1,153 @@
+// Layer normalisation before a product, and its backward behind one; a warp takes a row.
+//
+// With xhat = (x - mean) rstd, y = xhat w + b and u = dy w, over a row of d elements:
+//   dx = rstd (u - mean(u) - xhat mean(u xhat)),  dw = sum over rows of dy xhat,  db = of dy
+#pragma once
+
+#include "cuda/reduce.cuh"
+#include "ops/linear.h"
+
+namespace gpt_ext::cuda {
+
+constexpr int kRowWarps = 8, kRowThreads = kRowWarps * kWarpSize;  // rows of a block
+
+// The parts of a LayerNorm, with their types.
+template <class Stream>
+struct Norm {
+  using Acc = Accumulator<Stream>;
+  const Stream *weight, *bias;
+  Acc *mean, *rstd;
+  Acc eps;
+
+  explicit Norm(const LayerNorm& norm)
+      : weight(static_cast<const Stream*>(norm.weight)),
+        bias(static_cast<const Stream*>(norm.bias)),
+        mean(static_cast<Acc*>(norm.mean)),
+        rstd(static_cast<Acc*>(norm.rstd)),
+        eps(static_cast<Acc>(norm.eps)) {}
+
+  __device__ Acc normalized(Stream x, int64_t row) const {
+    return (static_cast<Acc>(x) - mean[row]) * rstd[row];
+  }
+};
+
+// Sum of f(column) over a row, in every lane.
+template <class Acc, class F>
+__device__ Acc row_total(int64_t columns, F&& f) {
+  Acc sum = 0;
+  for (int64_t column = lane(); column < columns; column += kWarpSize) sum += f(column);
+  return warp_sum(sum);
+}
+
+// The mean first, then the deviations from it: the mean of squares would lose their digits.
+template <class Stream>
+__global__ void __launch_bounds__(kRowThreads)
+    norm_statistics_kernel(const Stream* x, const Norm<Stream> norm, int64_t rows,
+                           int64_t columns) {
+  using Acc = Accumulator<Stream>;
+  const int64_t row = int64_t{blockIdx.x} * kRowWarps + warp();
+  if (row >= rows) return;  // the whole warp
+  const Stream* in = x + row * columns;
+  const Acc mean =
+      row_total<Acc>(columns, [&](int64_t i) { return static_cast<Acc>(in[i]); }) / columns;
+  const Acc variance = row_total<Acc>(columns,
+                                      [&](int64_t i) {
+                                        const Acc centred = static_cast<Acc>(in[i]) - mean;
+                                        return centred * centred;
+                                      }) /
+                       columns;
+  if (lane() > 0) return;
+  norm.mean[row] = mean;
+  norm.rstd[row] = 1 / sqrt(variance + norm.eps);
+}
+
+// y = norm(x), of what the statistics were taken before.
+template <class Stream, class Product>
+__global__ void __launch_bounds__(kRowThreads)
+    normalize_kernel(Product* y, const Stream* x, const Norm<Stream> norm, int64_t rows,
+                     int64_t columns) {
+  const int64_t row = int64_t{blockIdx.x} * kRowWarps + warp();
+  if (row >= rows) return;
+  for (int64_t i = lane(); i < columns; i += kWarpSize) {
+    const auto value = norm.normalized(x[row * columns + i], row);
+    y[row * columns + i] =
+        static_cast<Product>(value * static_cast<decltype(value)>(norm.weight[i]) +
+                             static_cast<decltype(value)>(norm.bias[i]));
+  }
+}
+
+// dx (rows, columns) holds dy and becomes the gradient of x, plus `skip` unless that is null.
+template <class Stream>
+__global__ void __launch_bounds__(kRowThreads)
+    norm_gradient_kernel(Stream* dx, const Stream* x, const Stream* skip, const Norm<Stream> norm,
+                         int64_t rows, int64_t columns) {
+  using Acc = Accumulator<Stream>;
+  const int64_t row = int64_t{blockIdx.x} * kRowWarps + warp();
+  if (row >= rows) return;
+  const int64_t first = row * columns;
+  const auto u = [&](int64_t i) {
+    return static_cast<Acc>(dx[first + i]) * static_cast<Acc>(norm.weight[i]);
+  };
+  const auto hat = [&](int64_t i) { return norm.normalized(x[first + i], row); };
+  const Acc mean = row_total<Acc>(columns, u) / columns;
+  const Acc product_mean =
+      row_total<Acc>(columns, [&](int64_t i) { return u(i) * hat(i); }) / columns;
+  for (int64_t i = lane(); i < columns; i += kWarpSize) {
+    Acc value = (u(i) - mean - hat(i) * product_mean) * norm.rstd[row];
+    if (skip != nullptr) value += static_cast<Acc>(skip[first + i]);
+    dx[first + i] = static_cast<Stream>(value);
+  }
+}
+
+// What a row adds to the gradients of a column's weight and bias.
+template <class Acc>
+struct NormSums {
+  Acc weight, bias;
+  __device__ NormSums& operator+=(const NormSums& other) {
+    weight += other.weight;
+    bias += other.bias;
+    return *this;
+  }
+};
+template <class Stream>
+struct NormColumns {
+  using Acc = Accumulator<Stream>;
+  const Stream *dy, *x;
+  Norm<Stream> norm;
+  int64_t columns;
+  __device__ NormSums<Acc> operator()(int64_t row, int64_t column) const {
+    const int64_t i = row * columns + column;
+    const Acc gradient = static_cast<Acc>(dy[i]);
+    return {gradient * norm.normalized(x[i], row), gradient};
+  }
+};
+template <class Stream>
+struct StoreNormSums {  // null where not wanted
+  Stream *weight, *bias;
+  template <class Acc>
+  __device__ void operator()(int64_t, int64_t column, const NormSums<Acc>& sums) const {
+    if (weight != nullptr) weight[column] = static_cast<Stream>(sums.weight);
+    if (bias != nullptr) bias[column] = static_cast<Stream>(sums.bias);
+  }
+};
+
+inline int64_t row_blocks(int64_t rows) { return (rows + kRowWarps - 1) / kRowWarps; }
+
+// From dy in dx's memory to dx and the norm's own gradients. `partial` has place for
+// partial_sums(rows, d) sums.
+template <class Stream>
+void norm_backward(Cuda backend, const char* name, Stream* dx, bool dx_wanted, Stream* dweight,
+                   Stream* dbias, const Stream* x, const Stream* skip, const LayerNorm& layer_norm,
+                   int64_t rows, int64_t d, NormSums<Accumulator<Stream>>* partial) {
+  const Norm<Stream> norm(layer_norm);
+  if (dweight != nullptr || dbias != nullptr) {
+    column_sums(backend, name, NormColumns<Stream>{dx, x, norm, d},
+                StoreNormSums<Stream>{dweight, dbias}, rows, d, partial);
+  }
+  if (dx_wanted) {
+    launch(backend, name, norm_gradient_kernel<Stream>, row_blocks(rows), kRowThreads, 0, dx, x,
+           skip, norm, rows, d);
+  }
+}
+
+}  // namespace gpt_ext::cuda
