@@ -15,6 +15,7 @@ COMMANDS = {
     "prepare": "text files -> data set",
     "train": "text file or data set -> run",
     "generate": "run or model -> text",
+    "serve": "run or model -> OpenAI's API, and a page to play with",
     "convert": "run or model -> other formats",
     "inspect": "what a run's model takes",
     "attention": "what the heads of a run's model look at, as a picture",

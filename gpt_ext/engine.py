@@ -31,14 +31,12 @@ CALL_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; the names are those of `GPT.stream`."""
+    """How a sequence's tokens are drawn; the names are those of `GPT.stream`."""
 
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    repetition_penalty: float
-    stop: Sequence[int]
-    generators: Sequence[torch.Generator]  # one for all rows together, or one a row
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -130,55 +128,91 @@ def weights_of(model: GPT) -> tuple[list[Tensor], float]:
     return weights, eps.pop()
 
 
-class Session:
-    """Some sequences on their way: their texts, what of them is in the cache, their random numbers.
+@dataclass
+class Group:
+    """Neighbouring slots that draw from one generator, and its states around the last chunk."""
+
+    slots: range
+    sampling: Sampling
+    generator: torch.Generator
+    states: tuple[Tensor, Tensor] | None = None  # before and after; None where nothing was drawn
+
+
+class Slots:
+    """Places for `count` sequences that are written together; each joins and leaves on its own.
 
     A text is what the next token sees, at most `window` tokens. Where a token has no room left, the
     text is cut to its last `window - stride` tokens and computed anew, for all positions shift;
-    stride 0 so gives each token the whole window before it.
+    stride 0 so gives each token the whole window before it. No text that joins may grow beyond
+    `positions` tokens, or `window` if that is less. A token of `stop` ends its sequence.
     """
 
     def __init__(
-        self, engine: Engine, prompts: Sequence[Sequence[int]], new: int, window: int,
-        stride: int, sampling: Sampling,
+        self, engine: Engine, count: int, positions: int, window: int, stride: int,
+        stop: Sequence[int] = (),
     ) -> None:  # fmt: skip
         config = engine.config
-        self.engine, self.window, self.stride, self.sampling = engine, window, stride, sampling
-        self.texts = [list(prompt[-window:]) for prompt in prompts]
-        self.cached = [0] * len(prompts)
-        self.vocab_size = config.vocab_size
-        # Of each generator, before and after the draws of the last call.
-        self.states: list[tuple[Tensor, Tensor]] = []
-        self.going = list(range(len(prompts)))
-        self.last = torch.empty(len(prompts), dtype=torch.int64)  # of the sequences that ended
-        longest = max(map(len, self.texts))
+        self.engine, self.window, self.stride, self.stop = engine, window, stride, stop
+        self.stop_ids = torch.tensor(stop, dtype=torch.int64) if stop else None
+        self.texts: list[list[int]] = [[] for _ in range(count)]
+        self.cached = [0] * count
+        self.groups: list[Group] = []
+        self.going: list[int] = []  # slots whose sequences have not ended
+        self.sampling = torch.tensor([1.0, 0.0, 0.0, 1.0]).double().repeat(count, 1)
+        self.seen: Tensor | None = None  # (B, V), once a sequence has a repetition penalty
+        self.logits = torch.empty(0)  # (going, V') before the last token drawn
+        self.pace = 1  # tokens that are drawn in about CALL_SECONDS
         self.cache = decode.Cache.empty(
-            config.num_blocks, len(prompts), config.num_heads, min(window, longest + new),
+            config.num_blocks, count, config.num_heads, min(window, positions),
             config.model_dim // config.num_heads, engine.form,
         )  # fmt: skip
-        self.seen = None
-        if sampling.repetition_penalty != 1:
-            self.seen = torch.zeros(len(prompts), config.vocab_size, dtype=torch.uint8)
-            for row, prompt in zip(self.seen, prompts, strict=True):
-                row[list(prompt)] = 1
-        self.stop = torch.tensor(sampling.stop, dtype=torch.int64) if sampling.stop else None
 
-    def next_tokens(self, most: int) -> Tensor:
-        """Draws 1 to `most` tokens (n, B) more; a sequence that has ended repeats its last."""
-        texts, window = self.texts, self.window
-        for b in self.going:
-            if len(texts[b]) > window:
-                del texts[b][: len(texts[b]) - window + self.stride]
-                self.cached[b] = 0
-        steps = min(most, *(window + 1 - len(texts[b]) for b in self.going))
-        rows = self._prefill()
-        sampling = self.sampling
-        drawn, _ = decode.generate(
-            self.engine.packed, self.cache, rows, len(self.going), steps,
-            repetition_penalty=sampling.repetition_penalty, temperature=sampling.temperature,
-            top_k=sampling.top_k or 0, top_p=sampling.top_p or 1.0,
-            seen=self.seen, noise=self._noise(steps), stop=self.stop,
+    def join(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, generator: torch.Generator
+    ) -> Group:
+        """Gives sequences that share a generator the first free slots that are neighbours."""
+        taken = {slot for group in self.groups for slot in group.slots}
+        starts = range(len(self.texts) - len(prompts) + 1)
+        runs = (range(start, start + len(prompts)) for start in starts)
+        group = Group(next(run for run in runs if taken.isdisjoint(run)), sampling, generator)
+        for slot, prompt in zip(group.slots, prompts, strict=True):
+            self.texts[slot], self.cached[slot] = list(prompt[-self.window :]), 0
+            if sampling.repetition_penalty != 1:
+                self._mark_seen(slot, prompt)
+        self.sampling[group.slots.start : group.slots.stop] = torch.tensor(
+            [sampling.repetition_penalty, sampling.temperature, sampling.top_k or 0,
+             sampling.top_p or 1.0], dtype=torch.float64,
         )  # fmt: skip
+        self.groups.append(group)
+        self.going += group.slots
+        return group
+
+    def leave(self, group: Group) -> None:
+        """Frees the group's slots."""
+        self.groups.remove(group)
+        self.going = [slot for slot in self.going if slot not in group.slots]
+
+    def next_chunk(self, most: int) -> Tensor:
+        """Draws 1 to `most` tokens (n, B) more, about CALL_SECONDS of them; -1 where there is none.
+
+        At least one sequence must be going.
+        """
+        start = time.perf_counter()
+        for slot in self.going:
+            text = self.texts[slot]
+            if len(text) > self.window:
+                del text[: len(text) - self.window + self.stride]
+                self.cached[slot] = 0
+        room = min(self.window + 1 - len(self.texts[slot]) for slot in self.going)
+        steps = min(self.pace, most, room)
+        penalty, temperature, top_k, top_p = self.sampling.unbind(1)
+        drawn, self.logits = decode.generate(
+            self.engine.packed, self.cache, self._prefill(), len(self.going), steps,
+            repetition_penalty=penalty, temperature=temperature, top_k=top_k, top_p=top_p,
+            seen=self.seen, noise=self._noise(steps), stop=self.stop_ids,
+        )  # fmt: skip
+        token_seconds = (time.perf_counter() - start) / steps
+        self.pace = max(1, min(8 * steps, int(CALL_SECONDS / token_seconds)))
         return self._keep(drawn)
 
     def _prefill(self) -> Tensor:
@@ -209,71 +243,76 @@ class Session:
         return final.contiguous()
 
     def give_back(self, used: int) -> None:
-        """Takes back what the last call drew beyond its first `used` tokens.
+        """Takes back what the last chunk drew beyond its first `used` tokens.
 
         The generators stand then where those tokens alone would have left them. One that somebody
         else has drawn from, or seeded, since then is left alone.
         """
-        for generator, (before, after) in zip(self.sampling.generators, self.states, strict=False):
-            if torch.equal(generator.get_state(), after):
-                generator.set_state(before)
-                again = torch.empty(len(self.texts) // len(self.states), self.vocab_size)
-                for _ in range(used):
-                    again.exponential_(generator=generator)
+        for group in self.groups:
+            generator = group.generator
+            if group.states is None or not torch.equal(generator.get_state(), group.states[1]):
+                continue
+            generator.set_state(group.states[0])
+            again = torch.empty(len(group.slots), self.engine.config.vocab_size)
+            for _ in range(used):
+                again.exponential_(generator=generator)
+
+    def _mark_seen(self, slot: int, prompt: Sequence[int]) -> None:
+        if self.seen is None:
+            shape = (len(self.texts), self.engine.config.vocab_size)
+            self.seen = torch.zeros(shape, dtype=torch.uint8)
+        self.seen[slot] = 0
+        self.seen[slot, list(prompt)] = 1
 
     def _noise(self, steps: int) -> Tensor | None:
         """Exp(1) numbers (steps, B, V), drawn as torch.multinomial draws them step by step."""
-        if self.sampling.temperature == 0:
-            self.states = []
+        drawing = [group for group in self.groups if group.sampling.temperature > 0]
+        if not drawing:
             return None
-        generators = self.sampling.generators
-        parts = len(generators)
-        before = [generator.get_state() for generator in generators]
-        noise = torch.empty(steps, parts, len(self.texts) // parts, self.vocab_size)
-        for step in noise.unbind():
-            for part, generator in zip(step.unbind(), generators, strict=True):
+        noise = torch.empty(steps, len(self.texts), self.engine.config.vocab_size)
+        for group in drawing:
+            generator = group.generator
+            before = generator.get_state()
+            for part in noise[:, group.slots.start : group.slots.stop].unbind():
                 part.exponential_(generator=generator)
-        self.states = [(b, g.get_state()) for b, g in zip(before, generators, strict=True)]
-        return noise.flatten(1, 2)
+            group.states = before, generator.get_state()
+        return noise
 
     def _keep(self, drawn: Tensor) -> Tensor:
         """Takes the tokens (n, B) into the texts, up to the step at which the last one ended."""
         steps = drawn.tolist()
-        for b in self.going:
-            self.texts[b] += [step[b] for step in steps if step[b] >= 0]
-            self.cached[b] = len(self.texts[b]) - 1
-        if self.stop is None:
+        for slot in self.going:
+            self.texts[slot] += [step[slot] for step in steps if step[slot] >= 0]
+            self.cached[slot] = len(self.texts[slot]) - 1
+        if not self.stop:
             return drawn
+        self.going = [slot for slot in self.going if self.texts[slot][-1] not in self.stop]
         used = sum(max(step) >= 0 for step in steps)
         if used < len(steps):
             self.give_back(used)
-        for b, text in enumerate(self.texts):
-            self.last[b] = text[-1]
-        self.going = [b for b in self.going if self.texts[b][-1] not in self.sampling.stop]
-        return torch.where(drawn < 0, self.last, drawn)[:used]
+        return drawn[:used]
 
 
-def chunks(session: Session, new: int) -> Iterator[Tensor]:
-    """`new` tokens of the session's sequences, (n, B) at a time; fewer where all sequences end.
+def chunks(slots: Slots, new: int) -> Iterator[Tensor]:
+    """`new` tokens of all sequences, (n, B) at a time; fewer where all of them end.
 
-    A chunk is of as many as are drawn in about CALL_SECONDS, the first of one.
+    A sequence that has ended repeats its last token.
     """
-    steps = 1
-    while new > 0 and session.going:
-        start = time.perf_counter()
-        drawn = session.next_tokens(min(steps, new))
+    last = torch.empty(len(slots.texts), dtype=torch.int64)
+    while new > 0 and slots.going:
+        drawn = slots.next_chunk(new)
         new -= len(drawn)
-        token_seconds = (time.perf_counter() - start) / len(drawn)
-        steps = max(1, min(8 * steps, int(CALL_SECONDS / token_seconds)))
-        yield drawn
+        for slot, text in enumerate(slots.texts):
+            last[slot] = text[-1]
+        yield torch.where(drawn < 0, last, drawn) if slots.stop else drawn
 
 
-def one_by_one(session: Session, new: int) -> Iterator[Tensor]:
+def one_by_one(slots: Slots, new: int) -> Iterator[Tensor]:
     """The same, (B,) at a time. Closed early, it gives back the random numbers of later tokens."""
-    for chunk in chunks(session, new):
+    for chunk in chunks(slots, new):
         for used, token in enumerate(chunk, 1):
             try:
                 yield token
             except GeneratorExit:
-                session.give_back(used)
+                slots.give_back(used)
                 raise

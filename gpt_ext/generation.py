@@ -84,10 +84,9 @@ def draw(
             f"context_length must be from 1 to the model's {config.context_length}, got {window}"
         )
     generators = check_generators(generator, len(rows))
-    sampling = Sampling(
-        temperature, top_k, top_p, repetition_penalty, tuple(map(int, stop)), generators
-    )
-    check_sampling(sampling, config.vocab_size)
+    sampling, stop = Sampling(temperature, top_k, top_p, repetition_penalty), [*map(int, stop)]
+    check_sampling(sampling)
+    check_stop(stop, config.vocab_size)
     dropped = check_overflow(overflow, stride, window)
     ragged = len({len(row) for row in rows}) > 1
     check_dtype(model, dtype, ragged)
@@ -97,13 +96,19 @@ def draw(
             native = engine.engine_for(model, dtype)
         except engine.NotPlainError:
             tokens = torch.stack(rows)
-            for new in in_torch(model, tokens, max_new_tokens, window, dropped, sampling):
+            for new in in_torch(
+                model, tokens, max_new_tokens, window, dropped, sampling, stop, generators
+            ):
                 yield new if one_by_one else new[None]
             return
-        texts = [row.tolist() for row in rows]
-        session = engine.Session(native, texts, max_new_tokens, window, dropped, sampling)
+        longest = max(map(len, rows)) + max_new_tokens
+        slots = engine.Slots(native, len(rows), longest, window, dropped, stop)
+        share = len(rows) // len(generators)
+        for i, each in enumerate(generators):
+            texts = [row.tolist() for row in rows[i * share : (i + 1) * share]]
+            slots.join(texts, sampling, each)
         tokens_of = engine.one_by_one if one_by_one else engine.chunks
-        yield from tokens_of(session, max_new_tokens)
+        yield from tokens_of(slots, max_new_tokens)
 
     return drawn()
 
@@ -146,8 +151,8 @@ def check_generators(generator: Generators | None, rows: int) -> Sequence[torch.
     return tuple(generator)
 
 
-def check_sampling(sampling: Sampling, vocab_size: int) -> None:
-    """Raises ValueError or IndexError for what is no way of drawing."""
+def check_sampling(sampling: Sampling) -> None:
+    """Raises ValueError for what is no way of drawing."""
     temperature, top_k, top_p = sampling.temperature, sampling.top_k, sampling.top_p
     penalty = sampling.repetition_penalty
     if not (math.isfinite(temperature) and temperature >= 0):
@@ -158,7 +163,11 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     if not (math.isfinite(penalty) and penalty > 0):
         raise ValueError(f"repetition_penalty must be finite and above 0, got {penalty}")
-    for token in sampling.stop:
+
+
+def check_stop(stop: Sequence[int], vocab_size: int) -> None:
+    """Raises IndexError for an id that is no token."""
+    for token in stop:
         if not 0 <= token < vocab_size:
             raise IndexError(f"stop id {token} is outside the vocabulary, 0 to {vocab_size - 1}")
 
@@ -193,12 +202,13 @@ def check_dtype(model: GPT, dtype: str, ragged: bool) -> None:
 
 @torch.no_grad()
 def in_torch(
-    model: GPT, tokens: Tensor, max_new_tokens: int, window: int, dropped: int, sampling: Sampling
-) -> Iterator[Tensor]:
+    model: GPT, tokens: Tensor, max_new_tokens: int, window: int, dropped: int,
+    sampling: Sampling, stop: Sequence[int], generators: Sequence[torch.Generator],
+) -> Iterator[Tensor]:  # fmt: skip
     """The engine's loop in PyTorch: tokens (B,) after `tokens` (B, T), one by one."""
     caches = [KVCache() for _ in model.blocks]
     seen = F.one_hot(tokens, model.config.vocab_size).amax(dim=1).bool()  # (B, V)
-    stop = torch.tensor(sampling.stop, dtype=torch.int64, device=tokens.device)
+    stop_ids = torch.tensor(stop, dtype=torch.int64, device=tokens.device)
     ended = tokens.new_zeros(tokens.shape[0], 1, dtype=torch.bool)
     new = tokens = tokens[:, -window:]
     for _ in range(max_new_tokens):
@@ -207,12 +217,12 @@ def in_torch(
                 tokens = new = tokens[:, dropped - window :]
                 caches = [KVCache() for _ in model.blocks]
             logits = last_logits(model, new, caches)
-        new = torch.where(ended, tokens[:, -1:], sample(logits, seen, sampling))
+        new = torch.where(ended, tokens[:, -1:], sample(logits, seen, sampling, generators))
         seen.scatter_(1, new, True)
         tokens = torch.cat((tokens, new), dim=1)
         yield new[:, 0]
-        ended = ended | torch.isin(new, stop)
-        if sampling.stop and ended.all():
+        ended = ended | torch.isin(new, stop_ids)
+        if stop and ended.all():
             return
 
 
@@ -250,7 +260,9 @@ def last_logits(model: GPT, new: Tensor, caches: Sequence[KVCache]) -> Tensor:
     return model.vocab_projection(model.final_norm(x[:, -1]))
 
 
-def sample(logits: Tensor, seen: Tensor, sampling: Sampling) -> Tensor:
+def sample(
+    logits: Tensor, seen: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]
+) -> Tensor:
     """One draw (B, 1) a row of `logits` (B, V), of which `seen` (B, V) were seen before."""
     if not logits.isfinite().all():
         raise RuntimeError("the model's logits are not finite: its weights are damaged")
@@ -268,7 +280,6 @@ def sample(logits: Tensor, seen: Tensor, sampling: Sampling) -> Tensor:
         likeliest, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         outside = likeliest.cumsum(dim=-1) - likeliest >= sampling.top_p  # reached before it
         logits = logits.masked_fill(outside.gather(-1, order.argsort(dim=-1)), -math.inf)
-    generators = sampling.generators
     draws = [
         torch.multinomial(part, 1, generator=generator)
         for part, generator in zip(

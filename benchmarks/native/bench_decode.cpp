@@ -70,6 +70,7 @@ class Problem {
     std::vector<int64_t> order(text.size()), zero(text.size());
     std::iota(order.begin(), order.end(), 0);
     const bool one = sequences_ == 1;
+    const std::vector<DecodeSampling> likeliest(sequences_, {1, 0, 0, 1});
     tokens_.resize(steps * sequences_);
     logits_.resize(sequences_ * decode_align(model_.vocab));
     decode_generate(Cpu{},
@@ -81,7 +82,7 @@ class Problem {
                               one ? order.data() : zero.data(), static_cast<int64_t>(text.size())},
                      .finals = sequences_,
                      .steps = steps,
-                     .sampling = {1, 0, 0, 1, nullptr, nullptr, nullptr, 0}});
+                     .sampling = likeliest.data()});
   }
 
   // The sequence drawn step by step must be, token by token, what its text at once predicts.

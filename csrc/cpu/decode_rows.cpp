@@ -64,15 +64,16 @@ class Sequences {
   }
   DecodeRows rows() const { return {token_, sequence_, position_, count_}; }
 
-  // Draws a token (B) for each sequence of this rank's part; returns whether all could be drawn.
-  bool draw(const Rank& rank, const DecodeSampling& p, int64_t vocab, float* logits,
-            const float* noise, int64_t* tokens, const SampleScratch& scratch) const {
+  // Draws a token (B) for each sequence of this rank's part, with the step's `noise` (B, V);
+  // returns whether all could be drawn.
+  bool draw(const Rank& rank, const DecodeGenerate& p, int64_t vocab, const float* noise,
+            int64_t* tokens, const SampleScratch& scratch) const {
     bool drawn = true;
     const Range part = rank.part(0, count_);
     for (int64_t i = part.begin; i < part.end; ++i) {
       const int64_t b = sequence_[i];
       uint8_t* seen = p.seen ? p.seen + b * vocab : nullptr;
-      tokens[b] = draw_token(p, vocab, logits + i * decode_align(vocab),
+      tokens[b] = draw_token(p.sampling[b], vocab, p.logits + i * decode_align(vocab),
                              noise ? noise + b * vocab : nullptr, seen, scratch);
       if (tokens[b] < 0)
         drawn = false;
@@ -83,7 +84,7 @@ class Sequences {
   }
 
   // Takes the drawn tokens (B) as next rows; sequences that drew a stop token are left behind.
-  void advance(const DecodeSampling& p, const int64_t* tokens) {
+  void advance(const DecodeGenerate& p, const int64_t* tokens) {
     int64_t kept = 0;
     for (int64_t i = 0; i < count_; ++i) {
       const int64_t token = tokens[sequence_[i]];
@@ -117,15 +118,13 @@ void decode_generate(const DecodeGenerate& p) {
         decoder.embed(rank, rows);
         for (int64_t i = 0; i < decoder.model().blocks; ++i) decoder.block(rank, rows, i, finals);
         decoder.logits(rank, rows.count, finals, p.logits);
-        const float* noise = p.sampling.noise;
         int64_t* tokens = p.tokens + step * sequences;
-        if (!going.draw(rank, p.sampling, vocab, p.logits,
-                        noise ? noise + step * sequences * vocab : nullptr, tokens,
-                        SampleScratch(decoder.scratch(rank), vocab)))
+        if (!going.draw(rank, p, vocab, p.noise ? p.noise + step * sequences * vocab : nullptr,
+                        tokens, SampleScratch(decoder.scratch(rank), vocab)))
           damaged = true;
         rank.meet();
         if (damaged) break;
-        if (rank.index == 0) going.advance(p.sampling, tokens);
+        if (rank.index == 0) going.advance(p, tokens);
         rank.meet();
       }
     });

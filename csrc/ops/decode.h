@@ -81,17 +81,12 @@ struct DecodeForward {
   int64_t first_block, end_block;
 };
 
-// How a token is drawn from its logits, in this order.
+// How a sequence's tokens are drawn from their logits, in this order.
 struct DecodeSampling {
   double repetition_penalty;  // divides the positive logits of tokens seen, multiplies the others
   double temperature;         // divides the logits; 0 takes the largest
   int64_t top_k;              // keeps the k largest and their equals; 0: all
   double top_p;               // keeps the likeliest until their probability reaches it; 1: all
-  uint8_t* seen;              // (B, V) 1 for a token seen, kept up; null where the penalty is 1
-  const float* noise;   // (steps, B, V), e ~ Exp(1): the token is argmax p / e; null where the
-                        // temperature is 0
-  const int64_t* stop;  // (stops) tokens that end a sequence
-  int64_t stops;
 };
 
 // Takes the rows through all blocks; the last `finals` of them, one a sequence, give logits, and
@@ -102,8 +97,13 @@ struct DecodeGenerate {
   const void* pack;
   DecodeCache cache;
   DecodeRows rows;
-  int64_t finals, steps;  // both >= 1
-  DecodeSampling sampling;
+  int64_t finals, steps;           // both >= 1
+  const DecodeSampling* sampling;  // (B)
+  uint8_t* seen;        // (B, V) 1 for a token seen, kept up; null where all penalties are 1
+  const float* noise;   // (steps, B, V), e ~ Exp(1): the token is argmax p / e; null where all
+                        // temperatures are 0
+  const int64_t* stop;  // (stops) tokens that end a sequence
+  int64_t stops;
 };
 
 struct DecodeBytes {

@@ -147,10 +147,30 @@ void forward(Tensor x, const Tensor& packed, Tensor keys, Tensor values, const T
                          .end_block = end_block});
 }
 
+// sampling (B, 4): repetition_penalty, temperature, top_k, top_p.
+std::vector<DecodeSampling> checked_sampling(const Tensor& sampling, const Tensor& packed,
+                                             int64_t sequences) {
+  check_operand(sampling, "sampling", packed, ScalarType::Double, {sequences, 4});
+  const auto* data = static_cast<const double*>(sampling.const_data_ptr());
+  std::vector<DecodeSampling> result;
+  for (int64_t b = 0; b < sequences; ++b, data += 4) {
+    const double penalty = data[0], temperature = data[1], top_k = data[2], top_p = data[3];
+    check(penalty > 0 && std::isfinite(penalty), "repetition_penalty is ", penalty,
+          ", expected above 0 and finite");
+    check(temperature >= 0 && std::isfinite(temperature), "temperature is ", temperature,
+          ", expected finite and not negative");
+    check(top_k >= 0, "top_k is ", top_k, ", expected at least 0");
+    check(0 < top_p && top_p <= 1, "top_p is ", top_p, ", expected above 0 and at most 1");
+    constexpr double kLargest = 1LL << 53;  // beyond any vocabulary
+    result.push_back(
+        {penalty, temperature, static_cast<int64_t>(std::min(top_k, kLargest)), top_p});
+  }
+  return result;
+}
+
 std::tuple<Tensor, Tensor> generate(const Tensor& packed, Tensor keys, Tensor values,
                                     const Tensor& rows, int64_t finals, int64_t steps,
-                                    double repetition_penalty, double temperature, int64_t top_k,
-                                    double top_p, const OptionalTensor& seen,
+                                    const Tensor& sampling, const OptionalTensor& seen,
                                     const OptionalTensor& noise, const OptionalTensor& stop) {
   const DecodeModel model = checked_model(packed);
   const DecodeCache cache = checked_cache(keys, values, model);
@@ -164,43 +184,41 @@ std::tuple<Tensor, Tensor> generate(const Tensor& packed, Tensor keys, Tensor va
   check(std::adjacent_find(sequences.begin(), sequences.end()) == sequences.end(),
         "a sequence has two rows among the last ", finals, ", expected one");
 
-  check(repetition_penalty > 0 && std::isfinite(repetition_penalty), "repetition_penalty is ",
-        repetition_penalty, ", expected above 0 and finite");
-  check(temperature >= 0 && std::isfinite(temperature), "temperature is ", temperature,
-        ", expected finite and not negative");
-  check(top_k >= 0, "top_k is ", top_k, ", expected at least 0");
-  check(0 < top_p && top_p <= 1, "top_p is ", top_p, ", expected above 0 and at most 1");
-  DecodeSampling sampling{
-      repetition_penalty, temperature, top_k, top_p, nullptr, nullptr, nullptr, 0};
-  if (repetition_penalty != 1) {
-    check(seen.has_value(), "seen is None, expected a tensor as repetition_penalty is not 1");
-    check_operand(*seen, "seen", packed, ScalarType::Byte, {cache.sequences, model.vocab});
-    sampling.seen = static_cast<uint8_t*>(seen->mutable_data_ptr());
+  const std::vector<DecodeSampling> draws = checked_sampling(sampling, packed, cache.sequences);
+  DecodeGenerate call{.pack = packed.const_data_ptr(),
+                      .cache = cache,
+                      .rows = checked,
+                      .finals = finals,
+                      .steps = steps,
+                      .sampling = draws.data()};
+  for (const int64_t b : sequences) {
+    check(seen.has_value() || draws[b].repetition_penalty == 1,
+          "seen is None, expected a tensor as repetition_penalty is not 1");
+    check(noise.has_value() || draws[b].temperature == 0,
+          "noise is None, expected a tensor as the temperature is not 0");
   }
-  if (temperature > 0) {
-    check(noise.has_value(), "noise is None, expected a tensor as the temperature is not 0");
+  if (seen.has_value()) {
+    check_operand(*seen, "seen", packed, ScalarType::Byte, {cache.sequences, model.vocab});
+    call.seen = static_cast<uint8_t*>(seen->mutable_data_ptr());
+  }
+  if (noise.has_value()) {
     check_operand(*noise, "noise", packed, ScalarType::Float,
                   {steps, cache.sequences, model.vocab});
-    sampling.noise = static_cast<const float*>(noise->const_data_ptr());
+    call.noise = static_cast<const float*>(noise->const_data_ptr());
   }
   if (stop.has_value()) {
     check_type(*stop, "stop", ScalarType::Long);
     check_rank(*stop, "stop", 1, "(S)");
     check_contiguous(*stop, "stop");
-    sampling.stop = static_cast<const int64_t*>(stop->const_data_ptr());
-    sampling.stops = stop->numel();
+    call.stop = static_cast<const int64_t*>(stop->const_data_ptr());
+    call.stops = stop->numel();
   }
 
   Tensor tokens = new_empty(rows, {steps, cache.sequences}, ScalarType::Long);
   Tensor logits = new_empty(rows, {finals, decode_align(model.vocab)}, ScalarType::Float);
-  decode_generate(Cpu{}, {.tokens = static_cast<int64_t*>(tokens.mutable_data_ptr()),
-                          .logits = static_cast<float*>(logits.mutable_data_ptr()),
-                          .pack = packed.const_data_ptr(),
-                          .cache = cache,
-                          .rows = checked,
-                          .finals = finals,
-                          .steps = steps,
-                          .sampling = sampling});
+  call.tokens = static_cast<int64_t*>(tokens.mutable_data_ptr());
+  call.logits = static_cast<float*>(logits.mutable_data_ptr());
+  decode_generate(Cpu{}, call);
   return {tokens, logits};
 }
 

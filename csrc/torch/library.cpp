@@ -64,10 +64,11 @@ STABLE_TORCH_LIBRARY(gpt_ext, m) {
   m.def(
       "decode_forward(Tensor(a!) x, Tensor pack, Tensor(b!) keys, Tensor(c!) values, Tensor rows, "
       "int first_block, int end_block) -> ()");
-  // seen (B, V) uint8, noise (steps, B, V) float32, stop (S) int64 -> tokens (steps, B) int64,
-  // logits (finals, V') of the last step taken.
+  // sampling (B, 4) float64: repetition_penalty, temperature, top_k, top_p. seen (B, V) uint8,
+  // noise (steps, B, V) float32, stop (S) int64 -> tokens (steps, B) int64, logits (finals, V') of
+  // the last step taken.
   m.def(
       "decode_generate(Tensor pack, Tensor(a!) keys, Tensor(b!) values, Tensor rows, int finals, "
-      "int steps, float repetition_penalty, float temperature, int top_k, float top_p, "
-      "Tensor(c!)? seen, Tensor? noise, Tensor? stop) -> (Tensor tokens, Tensor logits)");
+      "int steps, Tensor sampling, Tensor(c!)? seen, Tensor? noise, Tensor? stop) -> (Tensor "
+      "tokens, Tensor logits)");
 }

@@ -75,21 +75,24 @@ def generate(
     finals: int,
     steps: int,
     *,
-    repetition_penalty: float = 1.0,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    repetition_penalty: float | Tensor = 1.0,
+    temperature: float | Tensor = 0.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
     seen: Tensor | None = None,
     noise: Tensor | None = None,
     stop: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Takes `rows` through all blocks and draws `steps` tokens after each of the last `finals`.
 
+    How tokens are drawn is told by a number for all sequences, or by a tensor (B), one a sequence.
     noise (steps, B, V) is drawn from Exp(1), seen (B, V) uint8 marks the tokens that the penalty
     is for, stop (S) int64 ends a sequence. Returns tokens (steps, B), -1 where a sequence has ended
     or has no row, and the logits (finals, V) before the last token drawn.
     """
+    sampling = torch.empty(cache.keys.shape[1], 4, dtype=torch.float64)
+    for column, value in enumerate((repetition_penalty, temperature, top_k, top_p)):
+        sampling[:, column] = value
     return torch.ops.gpt_ext.decode_generate(
-        packed, cache.keys, cache.values, rows, finals, steps,
-        repetition_penalty, temperature, top_k, top_p, seen, noise, stop,
+        packed, cache.keys, cache.values, rows, finals, steps, sampling, seen, noise, stop
     )  # fmt: skip

@@ -102,6 +102,7 @@ class DecodeProblem {
     std::vector<float> logits(row);
     std::vector<int64_t> sequence(c_.time, 0), position(c_.time), drawn(1);
     std::iota(position.begin(), position.end(), 0);
+    const DecodeSampling likeliest{1, 0, 0, 1};
     Doubles result;
     for (int64_t t = 0; t < c_.time; t += rows) {
       const int64_t count = std::min(rows, c_.time - t);
@@ -112,7 +113,7 @@ class DecodeProblem {
                               .rows = {&tokens_[t], &sequence[t], &position[t], count},
                               .finals = 1,
                               .steps = 1,
-                              .sampling = {1, 0, 0, 1, nullptr, nullptr, nullptr, 0}});
+                              .sampling = &likeliest});
       result.insert(result.end(), logits.begin(), logits.begin() + c_.vocab);
     }
     return result;

@@ -266,6 +266,29 @@ def test_draws_follow_the_definition(vocab: int, options: dict[str, float]) -> N
         assert torch.equal(seen, before.scatter(1, tokens.T, 1))
 
 
+def test_each_sequence_is_drawn_by_its_own_options() -> None:
+    model = Model()
+    packed, noise = model.packed(), torch.empty(20, 4, model.vocab).exponential_()
+    start = torch.tensor([[3, 5, 9, 7], [0, 1, 2, 3], [0, 0, 0, 0]])
+    options = {
+        "repetition_penalty": torch.tensor([1, 1.7, 1, 1]),
+        "temperature": torch.tensor([0, 1, 0.5, 2]),
+        "top_k": torch.tensor([0, 0, 3, 0]),
+        "top_p": torch.tensor([1, 1, 1, 0.6]),
+    }
+    seen = torch.zeros(4, model.vocab, dtype=torch.uint8)
+    together, _ = decode.generate(
+        packed, model.cache(4), start, 4, 20, seen=seen, noise=noise, **options
+    )
+    for b in range(4):
+        row = torch.tensor([[int(start[0, b])], [0], [0]])
+        alone, _ = decode.generate(
+            packed, model.cache(1), row, 1, 20, seen=torch.zeros(1, model.vocab).byte(),
+            noise=noise[:, b : b + 1].contiguous(), **{k: v[b] for k, v in options.items()},
+        )  # fmt: skip
+        assert torch.equal(together[:, b], alone[:, 0])
+
+
 def test_a_stop_token_ends_its_sequence_alone() -> None:
     model = Model()
     packed, noise = model.packed(), torch.empty(35, 3, model.vocab).exponential_()

@@ -1,0 +1,134 @@
+"""`gpt-ext serve`: a run's model behind HTTP, for OpenAI's clients and for a browser."""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpt_ext import engine, pretrained
+from gpt_ext.commands import Parser
+from gpt_ext.errors import UserError
+from gpt_ext.generation import Overflow, WeightFormat
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+
+def parser() -> Parser:
+    """Of the run, the address, and the limits."""
+    parser = Parser(description="Serves a run's model: OpenAI's /v1/completions, and a page.")
+    parser.add_argument("run", type=str, help="the folder of a run, or of a model")
+    parser.add_argument("--host", type=str, default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0: any free one")
+    parser.add_argument(
+        "--token", type=str, help="what clients must know; needed for any host but loopback"
+    )
+    parser.add_argument("--dtype", type=WeightFormat, default="float32", help="of the weights")
+    parser.add_argument(
+        "--overflow",
+        type=Overflow,
+        default="reprefill",
+        help="beyond the context: compute it anew now and then, or for each token (exact)",
+    )
+    parser.add_argument("--slots", type=int, default=32, help="texts written at once")
+    parser.add_argument("--queue", type=int, default=128, help="texts that may wait")
+    parser.add_argument("--max-tokens", type=int, default=4096, help="tokens of one answer at most")
+    parser.add_argument("--max-body", type=int, default=1 << 20, help="bytes of a request at most")
+    parser.add_argument(
+        "--timeout", type=float, default=120.0, help="seconds of one request at most"
+    )
+    parser.add_argument(
+        "--grace", type=float, default=10.0, help="seconds to finish in when told to stop"
+    )
+    return parser
+
+
+def run(options: Any) -> int:
+    try:
+        from gpt_ext.serve.app import ServeOptions, create_app
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"serving needs {error.name}, which is not installed: pip install 'gpt-ext[serve]'"
+        ) from None
+    check(options)
+    folder = Path(options.run)
+    model, tokenizer = pretrained.load(folder)
+    if tokenizer is None:
+        raise UserError(
+            f"{folder} has no tokenizer; to give it one: gpt-ext convert {folder} FOLDER "
+            "--tokenizer PATH"
+        )
+    sizes = ServeOptions(
+        options.slots, options.queue, options.max_tokens, options.max_body, options.timeout,
+        stride=0 if options.overflow == "exact" else None,
+    )  # fmt: skip
+    try:
+        app = create_app(
+            model, tokenizer, folder, dtype=options.dtype, token=options.token, options=sizes
+        )
+    except engine.NotPlainError as error:
+        raise UserError(f"{folder} can't be served: {error}") from None
+    return listen(app, options.host, options.port, options.grace)
+
+
+def check(options: Any) -> None:
+    """UserError for what can't be served, or is not safe to."""
+    for name in ("slots", "max_tokens", "max_body", "timeout"):
+        if not getattr(options, name) > 0:
+            raise UserError(f"{name} must be above 0, got {getattr(options, name)}")
+    for name in ("queue", "grace"):
+        if not getattr(options, name) >= 0:
+            raise UserError(f"{name} must not be negative, got {getattr(options, name)}")
+    if not 0 <= options.port < 2**16:
+        raise UserError(f"port must be from 0 to {2**16 - 1}, got {options.port}")
+    if options.token == "":
+        raise UserError("token must not be empty")
+    if options.token is None and not is_loopback(options.host):
+        raise UserError(f"--host {options.host} can be reached by others: --token is needed")
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def listen(app: Starlette, host: str, port: int, grace: float) -> int:
+    """Serves until SIGTERM or Ctrl-C; what is under way then has `grace` seconds to finish."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """Goes on answering, new completions with 503, until all is done or the grace is over."""
+
+        leave_by: float | None = None
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            if self.leave_by is not None:
+                super().handle_exit(sig, frame)
+            self.leave_by = time.monotonic() + grace
+            app.state.scheduler.closing = True
+
+        async def on_tick(self, counter: int) -> bool:
+            if self.leave_by is not None and not self.should_exit:
+                self.should_exit = app.state.scheduler.idle or time.monotonic() > self.leave_by
+            return await super().on_tick(counter)
+
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                where = self.servers[0].sockets[0].getsockname()
+                print(f"serving on http://{host}:{where[1]}", flush=True)
+
+    config = uvicorn.Config(
+        app, host, port, log_level="warning", access_log=False, timeout_graceful_shutdown=1,
+        ws="none",
+    )  # fmt: skip
+    server = Server(config)
+    try:
+        server.run()
+    except SystemExit:
+        raise UserError(f"can't listen on {host}:{port}") from None
+    return 0 if server.started else 2

@@ -1,0 +1,296 @@
+"""The endpoint: routes, limits and errors around the scheduler."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gpt_ext.engine import engine_for
+from gpt_ext.model import GPT
+from gpt_ext.serve.completions import Answer, ApiError, Completion, Limits, event, parse
+from gpt_ext.serve.metrics import CONTENT_TYPE, Metrics
+from gpt_ext.serve.scheduler import ClosingError, FullError, Progress, Scheduler, Slots
+from gpt_ext.tokenizer import Tokenizer
+
+STALL_SECONDS = 0.8  # a reader that takes nothing for so long is gone
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Sizes and limits of an endpoint."""
+
+    slots: int = 32  # sequences written at once
+    queue: int = 128  # sequences that may wait
+    max_tokens: int = 4096  # of an answer
+    max_body: int = 1 << 20  # bytes of a request
+    timeout: float = 120.0  # seconds of a request, waiting included
+    stride: int | None = None  # of `overflow="reprefill"`; 0 is "exact"
+
+
+class Service:
+    """A model being served: what the routes share."""
+
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, name: str, options: ServeOptions, dtype: Any
+    ) -> None:
+        config = model.config
+        window = config.context_length
+        stride = window // 4 if options.stride is None else options.stride
+        stop = () if tokenizer.end is None else (tokenizer.end,)
+        slots = Slots(engine_for(model, dtype), options.slots, window, window, stride, stop)
+        self.scheduler = Scheduler(slots, options.queue)
+        self.limits = Limits(window, options.max_tokens, options.slots, config.vocab_size)
+        self.tokenizer, self.name, self.options = tokenizer, name, options
+        self.metrics, self.created = Metrics(), int(time.time())
+
+    @asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        self.scheduler.start()
+        yield
+        await asyncio.to_thread(self.scheduler.stop)
+
+    async def completions(self, request: Request) -> Response:
+        try:
+            body = await whole_body(request, self.options.max_body)
+            completion = parse(body, self.tokenizer, self.name, self.limits)
+            call = Call(self, completion)
+            call.begin()
+        except ApiError as error:
+            self.metrics.requests[error.status] += 1
+            return error_response(error)
+        return call
+
+    async def models(self, request: Request) -> Response:
+        model = {
+            "id": self.name, "object": "model", "created": self.created, "owned_by": "gpt_ext",
+        }  # fmt: skip
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def health(self, request: Request) -> Response:
+        closing = self.scheduler.closing
+        return JSONResponse({"status": "closing" if closing else "ok"}, 503 if closing else 200)
+
+    async def metrics_page(self, request: Request) -> Response:
+        scheduler = self.scheduler
+        text = self.metrics.text(len(scheduler.running), len(scheduler.waiting), scheduler.count)
+        return PlainTextResponse(text, media_type=CONTENT_TYPE)
+
+
+async def whole_body(request: Request, most: int) -> bytes:
+    body = bytearray()
+    with suppress(ClientDisconnect):
+        async for part in request.stream():
+            body += part
+            if len(body) > most:
+                raise ApiError(413, f"the body must be of at most {most} bytes")
+    return bytes(body)
+
+
+def error_response(error: ApiError) -> Response:
+    return JSONResponse(error.body(), error.status)
+
+
+class Call(Response):
+    """A completion under way, and the response that tells it, whole or as server-sent events.
+
+    It ends its sequences however it ends: done, timed out, or left by the client.
+    """
+
+    def __init__(self, service: Service, request: Completion) -> None:
+        self.service, self.request = service, request
+        self.answer = Answer(request, service.tokenizer, service.name)
+        self.start = time.perf_counter()
+        self.deadline = self.start + service.options.timeout
+        self.news: list[int] = []  # choices that have something new
+        self.failed = self.left = False
+        self.wake = asyncio.Event()
+        self.tickets = request.tickets(self._delivery)
+        self.background = None
+
+    def begin(self) -> None:
+        """Into the queue; ApiError where there is no room."""
+        try:
+            self.service.scheduler.submit(self.tickets)
+        except FullError:
+            raise ApiError(429, "too many requests are waiting; try again later") from None
+        except ClosingError:
+            raise ApiError(503, "the server is closing") from None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        leaving = asyncio.create_task(self._watch(receive))
+        try:
+            await (self._stream(send) if self.request.stream else self._whole(scope, send))
+        except (TimeoutError, asyncio.TimeoutError):  # a reader that stalls
+            self.left = True
+        finally:
+            leaving.cancel()
+            self.service.scheduler.cancel(self.tickets)
+            self._count()
+
+    async def _stream(self, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
+        started = False
+        while not self.answer.done:
+            error = await self._news()
+            if self.left:
+                return
+            if not started:
+                if error:  # nothing is sent yet: a status can still tell it
+                    await self._fail(error, send)
+                    return
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                started = True
+            body = event(error.body()) if error else self._events()
+            over = error is not None or self.answer.done
+            if body or over:
+                message = {"type": "http.response.body", "body": body, "more_body": not over}
+                await asyncio.wait_for(send(message), STALL_SECONDS)
+            if over:
+                return
+
+    async def _whole(self, scope: Scope, send: Send) -> None:
+        while not self.answer.done:
+            error = await self._news()
+            if self.left:
+                return
+            if error:
+                await self._fail(error, send)
+                return
+        await JSONResponse(self.answer.whole())(scope, no_receive, send)
+
+    async def _fail(self, error: ApiError, send: Send) -> None:
+        self.status_code = error.status
+        response = error_response(error)
+        await send(
+            {
+                "type": "http.response.start", "status": error.status,
+                "headers": response.raw_headers,
+            }
+        )  # fmt: skip
+        await send({"type": "http.response.body", "body": response.body})
+
+    async def _news(self) -> ApiError | None:
+        """Waits for something new; the error that ends the call, if that is what comes."""
+        left = self.deadline - time.perf_counter()
+        timer = asyncio.get_running_loop().call_later(max(0, left), self.wake.set)
+        await self.wake.wait()
+        timer.cancel()
+        self.wake.clear()
+        if self.failed:
+            return ApiError(500, "the engine failed or was stopped")
+        if time.perf_counter() >= self.deadline and not self.answer.done:
+            seconds = self.service.options.timeout
+            return ApiError(503, f"the request took more than {seconds:g} s")
+        return None
+
+    def _events(self) -> bytes:
+        news, self.news = self.news, []
+        return self.answer.events(news)
+
+    def _delivery(self, index: int) -> Callable[[Progress], None]:
+        def deliver(progress: Progress) -> None:
+            if progress.finish == "error":
+                self.failed = True
+            else:
+                self._add(index, progress)
+            self.wake.set()
+
+        return deliver
+
+    def _add(self, index: int, progress: Progress) -> None:
+        choice = self.answer.choices[index]
+        if choice.finish is None:
+            if not any(each.tokens for each in self.answer.choices):
+                self.service.metrics.first_token.observe(time.perf_counter() - self.start)
+            choice.add(progress)
+            self.news.append(index)
+            if choice.finish and progress.finish is None:  # a stop string
+                self.service.scheduler.cancel([self.tickets[index]])
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.left = True
+        self.service.scheduler.cancel(self.tickets)
+        self.wake.set()
+
+    def _count(self) -> None:
+        metrics, usage = self.service.metrics, self.answer.usage()
+        metrics.requests[self.status_code] += 1
+        metrics.prompt_tokens += usage["prompt_tokens"]
+        metrics.completion_tokens += usage["completion_tokens"]
+        metrics.disconnects += self.left
+        metrics.duration.observe(time.perf_counter() - self.start)
+
+
+async def no_receive() -> Message:
+    raise AssertionError("a JSON response reads nothing")
+
+
+class BearerToken:
+    """Lets those in who know the token; /health is for everybody."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self.app, self.expected = app, f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != "/health":
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self.expected):
+                error = ApiError(401, "a token is needed: Authorization: Bearer TOKEN")
+                await error_response(error)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def create_app(
+    model: GPT,
+    tokenizer: Tokenizer,
+    run: Path,
+    *,
+    dtype: Any = "float32",
+    token: str | None = None,
+    options: ServeOptions | None = None,
+) -> Starlette:
+    """The application that serves a run's model, under the name of the run's folder.
+
+    Its `state.scheduler` is what writes. Raises NotPlainError for a model that the engine cannot
+    take (gpt_ext.engine).
+    """
+    name = run.resolve().name
+    service = Service(model, tokenizer, name, options or ServeOptions(), dtype)
+    routes: list[BaseRoute] = [
+        Route("/v1/completions", service.completions, methods=["POST"]),
+        Route("/v1/models", service.models),
+        Route("/health", service.health),
+        Route("/metrics", service.metrics_page),
+    ]
+    with suppress(ModuleNotFoundError):
+        from gpt_ext.serve import page  # type: ignore[attr-defined]
+
+        routes += page.routes(model, tokenizer, run)
+    middleware = [Middleware(BearerToken, token=token)] if token else []
+    errors = {404: http_error, 405: http_error}
+    app = Starlette(
+        routes=routes, middleware=middleware, lifespan=service.lifespan, exception_handlers=errors
+    )
+    app.state.scheduler = service.scheduler
+    return app
+
+
+async def http_error(request: Request, error: Exception) -> Response:
+    status: int = error.status_code  # type: ignore[attr-defined]
+    return error_response(ApiError(status, f"{request.method} {request.url.path}: {error}"))
