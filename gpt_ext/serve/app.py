@@ -104,6 +104,10 @@ def error_response(error: ApiError) -> Response:
     return JSONResponse(error.body(), error.status)
 
 
+class StalledError(Exception):
+    """The reader takes nothing."""
+
+
 class Call(Response):
     """A completion under way, and the response that tells it, whole or as server-sent events.
 
@@ -134,7 +138,7 @@ class Call(Response):
         leaving = asyncio.create_task(self._watch(receive))
         try:
             await (self._stream(send) if self.request.stream else self._whole(scope, send))
-        except (TimeoutError, asyncio.TimeoutError):  # a reader that stalls
+        except StalledError:
             self.left = True
         finally:
             leaving.cancel()
@@ -158,9 +162,29 @@ class Call(Response):
             over = error is not None or self.answer.done
             if body or over:
                 message = {"type": "http.response.body", "body": body, "more_body": not over}
-                await asyncio.wait_for(send(message), STALL_SECONDS)
+                await self._send(send, message)
             if over:
                 return
+
+    async def _send(self, send: Send, message: Message) -> None:
+        """Sends; StalledError where that takes too long. asyncio.wait_for would make a task."""
+        task, loop, stalled = asyncio.current_task(), asyncio.get_running_loop(), False
+
+        def stall() -> None:
+            nonlocal stalled
+            stalled = True
+            assert task is not None
+            task.cancel()
+
+        timer = loop.call_later(STALL_SECONDS, stall)
+        try:
+            await send(message)
+        except asyncio.CancelledError:
+            if stalled:
+                raise StalledError from None
+            raise
+        finally:
+            timer.cancel()
 
     async def _whole(self, scope: Scope, send: Send) -> None:
         while not self.answer.done:
