@@ -199,6 +199,31 @@ def test_streams_taken_in_turn_give_the_text_they_give_alone(model: GPT) -> None
         assert torch.equal(text, model.generate(START, 50, generator=seeded(seed))[0, 1:])
 
 
+def test_sequences_that_join_and_leave_get_the_text_they_get_alone(model: GPT) -> None:
+    ways = [engine.Sampling(0.5, top_k=9), engine.Sampling(2.0, top_p=0.8), engine.Sampling(0.0),
+            engine.Sampling(repetition_penalty=1.5)]  # fmt: skip
+    prompts = [torch.randint(40, (length,)).tolist() for length in (1, 32, 7, 20)]
+    slots = engine.Slots(engine.engine_for(model, "float32"), 3, 32, 32, 8)
+    going: dict[int, engine.Group] = {}
+    texts: list[list[int]] = []
+    while len(texts) < 40 or going:
+        while len(texts) < 40 and len(going) < 3:
+            number = len(texts)
+            way, prompt = ways[number % 4], prompts[number % 3]
+            going[number] = slots.join([prompt], way, seeded(number))
+            texts.append([])
+        drawn = slots.next_chunk(1 + len(texts) % 5)
+        for number, group in list(going.items()):
+            texts[number] += drawn[:, group.slots.start].tolist()
+            if len(texts[number]) > 10 + 3 * number:
+                slots.leave(going.pop(number))
+    for number, text in enumerate(texts):
+        prompt = torch.tensor([prompts[number % 3]])
+        options = vars(ways[number % 4]) | {"generator": seeded(number), "overflow": "reprefill"}
+        alone = model.generate(prompt, len(text), **options)[0, prompt.shape[1] :]
+        assert text == alone.tolist(), number
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_generator_a_row_draws_what_the_row_alone_draws(
     model: GPT, form: decode.WeightFormat

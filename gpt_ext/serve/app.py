@@ -18,11 +18,12 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gpt_ext.engine import engine_for
+from gpt_ext.engine import Slots, engine_for
 from gpt_ext.model import GPT
+from gpt_ext.serve import page
 from gpt_ext.serve.completions import Answer, ApiError, Completion, Limits, event, parse
 from gpt_ext.serve.metrics import CONTENT_TYPE, Metrics
-from gpt_ext.serve.scheduler import ClosingError, FullError, Progress, Scheduler, Slots
+from gpt_ext.serve.scheduler import ClosingError, FullError, Progress, Scheduler
 from gpt_ext.tokenizer import Tokenizer
 
 STALL_SECONDS = 0.8  # a reader that takes nothing for so long is gone
@@ -103,6 +104,10 @@ def error_response(error: ApiError) -> Response:
     return JSONResponse(error.body(), error.status)
 
 
+class StalledError(Exception):
+    """The reader takes nothing."""
+
+
 class Call(Response):
     """A completion under way, and the response that tells it, whole or as server-sent events.
 
@@ -118,7 +123,7 @@ class Call(Response):
         self.failed = self.left = False
         self.wake = asyncio.Event()
         self.tickets = request.tickets(self._delivery)
-        self.background = None
+        self.status_code = 200  # that the client is told
 
     def begin(self) -> None:
         """Into the queue; ApiError where there is no room."""
@@ -133,7 +138,7 @@ class Call(Response):
         leaving = asyncio.create_task(self._watch(receive))
         try:
             await (self._stream(send) if self.request.stream else self._whole(scope, send))
-        except (TimeoutError, asyncio.TimeoutError):  # a reader that stalls
+        except StalledError:
             self.left = True
         finally:
             leaving.cancel()
@@ -143,7 +148,7 @@ class Call(Response):
     async def _stream(self, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
         started = False
-        while not self.answer.done:
+        while True:
             error = await self._news()
             if self.left:
                 return
@@ -157,9 +162,29 @@ class Call(Response):
             over = error is not None or self.answer.done
             if body or over:
                 message = {"type": "http.response.body", "body": body, "more_body": not over}
-                await asyncio.wait_for(send(message), STALL_SECONDS)
+                await self._send(send, message)
             if over:
                 return
+
+    async def _send(self, send: Send, message: Message) -> None:
+        """Sends; StalledError where that takes too long. asyncio.wait_for would make a task."""
+        task, loop, stalled = asyncio.current_task(), asyncio.get_running_loop(), False
+
+        def stall() -> None:
+            nonlocal stalled
+            stalled = True
+            assert task is not None
+            task.cancel()
+
+        timer = loop.call_later(STALL_SECONDS, stall)
+        try:
+            await send(message)
+        except asyncio.CancelledError:
+            if stalled:
+                raise StalledError from None
+            raise
+        finally:
+            timer.cancel()
 
     async def _whole(self, scope: Scope, send: Send) -> None:
         while not self.answer.done:
@@ -212,13 +237,13 @@ class Call(Response):
 
     def _add(self, index: int, progress: Progress) -> None:
         choice = self.answer.choices[index]
-        if choice.finish is None:
-            if not any(each.tokens for each in self.answer.choices):
-                self.service.metrics.first_token.observe(time.perf_counter() - self.start)
-            choice.add(progress)
-            self.news.append(index)
-            if choice.finish and progress.finish is None:  # a stop string
-                self.service.scheduler.cancel([self.tickets[index]])
+        if choice.done:
+            return
+        if not any(each.tokens for each in self.answer.choices):
+            self.service.metrics.first_token.observe(time.perf_counter() - self.start)
+        self.news.append(index)
+        if choice.add(progress):
+            self.service.scheduler.cancel([self.tickets[index]])
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -241,19 +266,23 @@ async def no_receive() -> Message:
 
 
 class BearerToken:
-    """Lets those in who know the token; /health is for everybody."""
+    """Lets those in who know the token; health and the page's own files are for everybody."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self.app, self.expected = app, f"Bearer {token}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != "/health":
+        if scope["type"] == "http" and not is_public(scope["path"]):
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self.expected):
                 error = ApiError(401, "a token is needed: Authorization: Bearer TOKEN")
                 await error_response(error)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+
+def is_public(path: str) -> bool:
+    return path in ("/", "/health") or path.startswith("/static/")
 
 
 def create_app(
@@ -277,11 +306,8 @@ def create_app(
         Route("/v1/models", service.models),
         Route("/health", service.health),
         Route("/metrics", service.metrics_page),
+        *page.routes(model, tokenizer, run),
     ]
-    with suppress(ModuleNotFoundError):
-        from gpt_ext.serve import page  # type: ignore[attr-defined]
-
-        routes += page.routes(model, tokenizer, run)
     middleware = [Middleware(BearerToken, token=token)] if token else []
     errors = {404: http_error, 405: http_error}
     app = Starlette(
