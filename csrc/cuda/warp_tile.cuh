@@ -201,12 +201,13 @@ __device__ void for_each_element(Slab& slab, const float (&left)[4], const float
   for (int row = lane() / 16; row < kWarpRows; row += 2) f(row, column, slab.at[row][column]);
 }
 
-// f(row, column, values) for each four neighbours.
+// f(row, column, values) for each four neighbours. A loop that stays a loop: f may be long, and there
+// is a copy of it for each 16 x 16 of a warp's result.
 template <class F>
 __device__ void for_each_four(Slab& slab, const float (&left)[4], const float (&right)[4], F&& f) {
   fill_slab(slab, left, right);
   const int column = lane() % 4 * 4;
-#pragma unroll
+#pragma unroll 1
   for (int row = lane() / 4; row < kWarpRows; row += 8) {
     const float* at = &slab.at[row][column];
     f(row, column, {at[0], at[1], at[2], at[3]});
