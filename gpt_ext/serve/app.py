@@ -13,16 +13,18 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gpt_ext.engine import engine_for
+from gpt_ext.engine import Slots, engine_for
 from gpt_ext.model import GPT
+from gpt_ext.serve import page
 from gpt_ext.serve.completions import Answer, ApiError, Completion, Limits, event, parse
+from gpt_ext.serve.http import error_response, whole_body
 from gpt_ext.serve.metrics import CONTENT_TYPE, Metrics
-from gpt_ext.serve.scheduler import ClosingError, FullError, Progress, Scheduler, Slots
+from gpt_ext.serve.scheduler import ClosingError, FullError, Progress, Scheduler
 from gpt_ext.tokenizer import Tokenizer
 
 STALL_SECONDS = 0.8  # a reader that takes nothing for so long is gone
@@ -89,20 +91,6 @@ class Service:
         return PlainTextResponse(text, media_type=CONTENT_TYPE)
 
 
-async def whole_body(request: Request, most: int) -> bytes:
-    body = bytearray()
-    with suppress(ClientDisconnect):
-        async for part in request.stream():
-            body += part
-            if len(body) > most:
-                raise ApiError(413, f"the body must be of at most {most} bytes")
-    return bytes(body)
-
-
-def error_response(error: ApiError) -> Response:
-    return JSONResponse(error.body(), error.status)
-
-
 class Call(Response):
     """A completion under way, and the response that tells it, whole or as server-sent events.
 
@@ -118,7 +106,7 @@ class Call(Response):
         self.failed = self.left = False
         self.wake = asyncio.Event()
         self.tickets = request.tickets(self._delivery)
-        self.background = None
+        self.status_code = 200  # that the client is told
 
     def begin(self) -> None:
         """Into the queue; ApiError where there is no room."""
@@ -143,7 +131,7 @@ class Call(Response):
     async def _stream(self, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
         started = False
-        while not self.answer.done:
+        while True:
             error = await self._news()
             if self.left:
                 return
@@ -212,13 +200,13 @@ class Call(Response):
 
     def _add(self, index: int, progress: Progress) -> None:
         choice = self.answer.choices[index]
-        if choice.finish is None:
-            if not any(each.tokens for each in self.answer.choices):
-                self.service.metrics.first_token.observe(time.perf_counter() - self.start)
-            choice.add(progress)
-            self.news.append(index)
-            if choice.finish and progress.finish is None:  # a stop string
-                self.service.scheduler.cancel([self.tickets[index]])
+        if choice.done:
+            return
+        if not any(each.tokens for each in self.answer.choices):
+            self.service.metrics.first_token.observe(time.perf_counter() - self.start)
+        self.news.append(index)
+        if choice.add(progress):
+            self.service.scheduler.cancel([self.tickets[index]])
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -241,19 +229,23 @@ async def no_receive() -> Message:
 
 
 class BearerToken:
-    """Lets those in who know the token; /health is for everybody."""
+    """Lets those in who know the token; health and the page's own files are for everybody."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self.app, self.expected = app, f"Bearer {token}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != "/health":
+        if scope["type"] == "http" and not is_public(scope["path"]):
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self.expected):
                 error = ApiError(401, "a token is needed: Authorization: Bearer TOKEN")
                 await error_response(error)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+
+def is_public(path: str) -> bool:
+    return path in ("/", "/health") or path.startswith("/static/")
 
 
 def create_app(
@@ -277,11 +269,8 @@ def create_app(
         Route("/v1/models", service.models),
         Route("/health", service.health),
         Route("/metrics", service.metrics_page),
+        *page.routes(model, tokenizer, run),
     ]
-    with suppress(ModuleNotFoundError):
-        from gpt_ext.serve import page  # type: ignore[attr-defined]
-
-        routes += page.routes(model, tokenizer, run)
     middleware = [Middleware(BearerToken, token=token)] if token else []
     errors = {404: http_error, 405: http_error}
     app = Starlette(

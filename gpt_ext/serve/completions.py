@@ -128,7 +128,7 @@ class Fields:
         if value is None:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            got = value if isinstance(value, (int, float)) else kind_of(value)
+            got = value if type(value) in (int, float) else kind_of(value)
             raise ApiError(400, f"{name} must be an integer from {low} to {high}, got {got}", name)
         return value
 
@@ -227,8 +227,12 @@ class Choice:
         self._text_of = self.tokenizer.stream()
         self._start = len(self.text)  # no stop string begins in the prompt
 
-    def add(self, progress: Progress) -> None:
-        """A chunk's tokens; after a stop string, nothing more."""
+    @property
+    def done(self) -> bool:
+        return self.finish is not None
+
+    def add(self, progress: Progress) -> bool:
+        """Takes a chunk's tokens; True where a stop string among them ends the text."""
         for i, token in enumerate(progress.tokens):
             self.tokens += 1
             piece = "" if token == self.end else piece_of(self._text_of, token)
@@ -236,8 +240,9 @@ class Choice:
                 self._add_logprobs(token, progress.logprobs[i])
             before, self.text = len(self.text), self.text + piece
             if self._cut(before):
-                return
+                return True
         self.finish = progress.finish
+        return False
 
     def take(self) -> str:
         """What is new and can't be the beginning of a stop string."""
@@ -308,7 +313,7 @@ class Answer:
 
     @property
     def done(self) -> bool:
-        return all(choice.finish for choice in self.choices)
+        return all(choice.done for choice in self.choices)
 
     def usage(self) -> dict[str, int]:
         prompt = sum(map(len, self.request.prompts))
