@@ -9,7 +9,11 @@ from tests.serve.browser import Browser
 from tests.serve.server import Server
 
 IMAGES = Path(__file__).parents[2] / "docs/images"
-PICTURES = {"page_light": (1040, "light"), "page_dark": (1040, "dark"), "page_phone": (390, "light")}
+PICTURES = {
+    "page_light": (1040, "light"),
+    "page_dark": (1040, "dark"),
+    "page_phone": (390, "light"),
+}
 
 
 def main(run: Path) -> None:
@@ -27,7 +31,7 @@ def draw(browser: Browser, server: Server, path: Path, width: int, scheme: str) 
     browser.scheme(scheme)
     browser.window(width, 900)
     browser.driver.get(f"http://127.0.0.1:{server.port}/")
-    browser.wait("!document.getElementById('losses').hidden")
+    browser.wait("document.querySelector('#curve svg')")
     browser.run("document.getElementById('seed').value = 1; document.getElementById('go').click()")
     browser.wait("document.getElementById('status').textContent === 'Done.'")
     browser.run("document.getElementById('piece-60').click()")

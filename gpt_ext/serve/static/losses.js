@@ -1,6 +1,6 @@
 // The run's loss curve, as SVG.
 
-const WIDTH = 720, HEIGHT = 240, LEFT = 44, RIGHT = 12, TOP = 10, BOTTOM = 28;
+const HEIGHT = 240, LEFT = 44, RIGHT = 12, TOP = 10, BOTTOM = 28;
 
 export function element(name, attributes = {}, text = "") {
   const made = document.createElementNS("http://www.w3.org/2000/svg", name);
@@ -9,20 +9,20 @@ export function element(name, attributes = {}, text = "") {
   return made;
 }
 
-/** `train` and `validation` are lists of [step, loss]; at least one is not empty. */
-export function curve({ train, validation }) {
+/** `train` and `validation` are lists of [step, loss]; at least one is not empty; `width` in pixels. */
+export function curve({ train, validation }, width) {
   const points = [...train, ...validation];
   const last = Math.max(1, ...points.map(([step]) => step));
   const losses = points.map(([, loss]) => loss);
   const low = Math.floor(Math.min(...losses)), high = Math.max(low + 1, Math.ceil(Math.max(...losses)));
-  const x = (step) => LEFT + (step / last) * (WIDTH - LEFT - RIGHT);
+  const x = (step) => LEFT + (step / last) * (width - LEFT - RIGHT);
   const y = (loss) => TOP + ((high - loss) / (high - low)) * (HEIGHT - TOP - BOTTOM);
   const label = `Loss by step, ${low} to ${high} nats a token over ${last} steps`;
-  const svg = element("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": label });
+  const svg = element("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": label });
 
   const stride = Math.ceil((high - low) / 6);
   for (let loss = low; loss <= high; loss += stride) {
-    svg.append(element("line", { x1: LEFT, x2: WIDTH - RIGHT, y1: y(loss), y2: y(loss) }));
+    svg.append(element("line", { x1: LEFT, x2: width - RIGHT, y1: y(loss), y2: y(loss) }));
     svg.append(element("text", { x: LEFT - 8, y: y(loss) + 4, "text-anchor": "end" }, loss));
   }
   for (const part of [0, 0.5, 1]) {

@@ -186,8 +186,8 @@ async function start() {
       `${model.layers} layers × ${model.heads} heads, sees ${model.context} ${unit}, knows ${model.vocabulary}`;
     const losses = await get("/api/losses");
     if (losses.train.length + losses.validation.length) {
-      at("curve").replaceChildren(curve(losses));
       at("losses").hidden = false;
+      at("curve").replaceChildren(curve(losses, at("curve").clientWidth));
     }
   } catch (error) {
     fail(error);
