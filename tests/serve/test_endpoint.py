@@ -19,7 +19,6 @@ from gpt_ext import GPT, pretrained
 from gpt_ext.tokenizer import Tokenizer
 from tests.serve.server import Server, make_run, wait_until
 
-
 # What uvicorn says of a response that a stalled reader did not take.
 STALLED = "ERROR:    ASGI callable returned without completing response."
 

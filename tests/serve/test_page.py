@@ -1,4 +1,4 @@
-"""The page's files, and what they ask of the server: the model's facts, its losses, and its sight."""
+"""The page's files, and its API: the facts of the model, its losses, and its sight."""
 
 from __future__ import annotations
 
