@@ -88,8 +88,8 @@ def test_it_writes_on_and_the_seed_decides(browser: Browser, server: Server) -> 
 
 
 def test_stop_and_escape_end_the_writing(browser: Browser) -> None:
-    for end in ("document.getElementById('stop').click()",
-                "document.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape'}))"):  # fmt: skip
+    escape = "document.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape'}))"
+    for end in ("document.getElementById('stop').click()", escape):
         fill(browser, "a", max_tokens=1000)
         browser.run(f"document.getElementById('go').click(); {end}")
         browser.wait("document.getElementById('status').textContent === 'Stopped.'")
