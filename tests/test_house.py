@@ -154,4 +154,6 @@ def test_nothing_generated_is_committed() -> None:
     generated = re.compile(
         r"(\.(so|o|a|pyc|whl|pt|safetensors|png|log)$|(^|/)(build|dist|runs|__pycache__)/|egg-info)"
     )
-    assert [name for name in listed if generated.search(name)] == []
+    # the pictures of guides take a trained run
+    kept = [name for name in listed if not name.startswith("docs/images/")]
+    assert [name for name in kept if generated.search(name)] == []
