@@ -6,14 +6,14 @@ import asyncio
 import hmac
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,6 +22,7 @@ from gpt_ext.engine import Slots, engine_for
 from gpt_ext.model import GPT
 from gpt_ext.serve import page
 from gpt_ext.serve.completions import Answer, ApiError, Completion, Limits, event, parse
+from gpt_ext.serve.http import error_response, whole_body
 from gpt_ext.serve.metrics import CONTENT_TYPE, Metrics
 from gpt_ext.serve.scheduler import ClosingError, FullError, Progress, Scheduler
 from gpt_ext.tokenizer import Tokenizer
@@ -88,20 +89,6 @@ class Service:
         scheduler = self.scheduler
         text = self.metrics.text(len(scheduler.running), len(scheduler.waiting), scheduler.count)
         return PlainTextResponse(text, media_type=CONTENT_TYPE)
-
-
-async def whole_body(request: Request, most: int) -> bytes:
-    body = bytearray()
-    with suppress(ClientDisconnect):
-        async for part in request.stream():
-            body += part
-            if len(body) > most:
-                raise ApiError(413, f"the body must be of at most {most} bytes")
-    return bytes(body)
-
-
-def error_response(error: ApiError) -> Response:
-    return JSONResponse(error.body(), error.status)
 
 
 class StalledError(Exception):
