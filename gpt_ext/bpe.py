@@ -66,8 +66,13 @@ class BPETokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tensor]:
-        """The ids of each of `texts`, on all cores."""
-        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        """The ids of each of `texts`, on all cores; ValueError for a lone surrogate."""
+        try:
+            found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except TypeError:
+            for text in texts:
+                text.encode()  # a lone surrogate: UnicodeEncodeError, a ValueError
+            raise
         return [torch.tensor(encoding.ids, dtype=torch.int64) for encoding in found]
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:

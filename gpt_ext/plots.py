@@ -64,11 +64,11 @@ def draw_curves(metrics: Iterable[Mapping[str, Any]], path: Path) -> None:
 
 
 @torch.no_grad()
-def attention_weights(model: GPT, tokens: Tensor) -> Tensor:
+def attention_weights(model: GPT, tokens: Tensor, queries: slice = slice(None)) -> Tensor:
     """What each of `tokens` (T,) takes from each: (layers, heads, T, T), rows that add up to 1.
 
-    They are those of the model as it reads the tokens, dropout off. ValueError for no tokens or for
-    more than the context.
+    They are those of the model as it reads the tokens, dropout off; only the rows of `queries`, if
+    given, are kept. ValueError for no tokens or for more than the context.
     """
     if not len(tokens):
         raise ValueError("there is nothing to look at")
@@ -79,7 +79,7 @@ def attention_weights(model: GPT, tokens: Tensor) -> Tensor:
         scores = q @ k.mT / q.shape[-1] ** 0.5
         future = torch.ones_like(scores, dtype=torch.bool).triu(1)
         weights = scores.masked_fill(future, -torch.inf).softmax(-1)
-        maps.append(weights[0])
+        maps.append(weights[0, :, queries].clone())  # a view would keep all rows
         return (weights @ v).transpose(1, 2)
 
     model.eval()

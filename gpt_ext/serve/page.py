@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from torch import Tensor
 
 from gpt_ext import checkpoint
+from gpt_ext.generation import KVCache, last_logits
 from gpt_ext.model import GPT
 from gpt_ext.plots import attention_weights
-from gpt_ext.serve.completions import ApiError, name_of, piece_of
+from gpt_ext.serve.completions import ApiError, kind_of, name_of, piece_of
 from gpt_ext.serve.http import error_response, whole_body
 from gpt_ext.tokenizer import CharTokenizer, Tokenizer
 
 STATIC = Path(__file__).parent / "static"
-FILES = {path.name: path for path in STATIC.iterdir()}
+FILES = {path.name: path for path in STATIC.glob("*")}
 HEADERS = {"Content-Security-Policy": "default-src 'self'", "X-Content-Type-Options": "nosniff"}
-MAX_BODY = 1 << 20  # bytes of a text to look at
-LIKELIEST = 12
+MAX_BODY = 1 << 20  # bytes of a request
+LIKELIEST = 12  # tokens that are told
 MAX_POINTS = 1000  # of a curve
 
 
@@ -34,7 +35,7 @@ def routes(model: GPT, tokenizer: Tokenizer, run: Path) -> list[BaseRoute]:
     page = Page(model, tokenizer, run)
     return [
         Route("/", file),
-        Route("/static/{name}", file),
+        Route("/static/{name:path}", file),
         Route("/api/model", page.about),
         Route("/api/losses", page.losses),
         Route("/api/look", page.look, methods=["POST"]),
@@ -45,22 +46,24 @@ async def file(request: Request) -> Response:
     """One of the files that came with the package, and no other."""
     path = FILES.get(request.path_params.get("name", "index.html"))
     if path is None:
-        return answered(error_response(ApiError(404, f"there is no {request.url.path}")))
+        return with_headers(error_response(ApiError(404, f"there is no {request.url.path}")))
     return FileResponse(path, headers=HEADERS | {"Cache-Control": "no-cache"})
 
 
-def answered(response: Response) -> Response:
+def with_headers(response: Response) -> Response:
     response.headers.update(HEADERS)
     return response
 
 
 class Page:
-    """A model that is looked at."""
+    """A model that is looked at, one look at a time: each takes all cores and much memory."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, run: Path) -> None:
         self.model, self.tokenizer, self.run = model, tokenizer, run
+        self.turn = asyncio.Lock()
 
     async def about(self, request: Request) -> Response:
+        """The model's name and sizes, and what its tokens are."""
         config = self.model.config
         characters = isinstance(self.tokenizer, CharTokenizer)
         return JSONResponse(
@@ -72,47 +75,65 @@ class Page:
             headers=HEADERS,
         )  # fmt: skip
 
-    def losses(self, request: Request) -> Response:
-        records = checkpoint.read_lines(self.run / checkpoint.METRICS)
+    async def losses(self, request: Request) -> Response:
+        """The run's losses so far; none for a model that is no run."""
+        records = await asyncio.to_thread(checkpoint.read_lines, self.run / checkpoint.METRICS)
         curves = {"train": curve(records, "loss"), "validation": curve(records, "validation_loss")}
         return JSONResponse(curves, headers=HEADERS)
 
     async def look(self, request: Request) -> Response:
+        """What the model thought of a token of a text, and what it looked at."""
         try:
             text, position = parse(await whole_body(request, MAX_BODY))
-            return JSONResponse(await run_in_threadpool(self.see, text, position), headers=HEADERS)
+            async with self.turn:
+                if await request.is_disconnected():  # while it waited
+                    return Response(status_code=499)
+                seen = await asyncio.to_thread(self.see, text, position)
         except ApiError as error:
-            return answered(error_response(error))
+            return with_headers(error_response(error))
+        return JSONResponse(seen, headers=HEADERS)
 
+    @torch.inference_mode()
     def see(self, text: str, position: int) -> dict[str, Any]:
-        """What the model thought at a token of `text`; ApiError where it can't be said."""
-        try:
-            tokens = self.tokenizer.encode(text)
-        except ValueError as error:
-            raise ApiError(400, f"text: {error}", "text") from None
-        if not 1 <= position < len(tokens):
-            message = f"position must be from 1 to {len(tokens) - 1}, got {position}"
-            why = "; nothing comes before the first token" if position == 0 else ""
-            raise ApiError(400, message + why, "position")
+        """The answer to a look; ApiError where there can be none."""
+        tokens = self.tokens(text, position)
         start = max(0, position - self.model.config.context_length)
         seen, chosen = tokens[start:position], int(tokens[position])
-        weights = attention_weights(self.model, seen)[:, :, -1]  # (layers, heads, T)
+        attention = attention_weights(self.model, seen, slice(-1, None))  # (layers, heads, 1, T)
         probabilities = next_probabilities(self.model, seen)
-        likeliest = probabilities.argsort(descending=True, stable=True).tolist()
+        ranked = probabilities.argsort(descending=True, stable=True).tolist()
         text_of = self.tokenizer.stream()
 
         def named(token: int) -> dict[str, Any]:
-            text = name_of(self.tokenizer, token)
-            return {"text": text, "probability": float(probabilities[token])}
+            probability = probabilities[token].item()
+            return {"text": name_of(self.tokenizer, token), "probability": probability}
 
         return {
             "pieces": [piece_of(text_of, token) for token in tokens.tolist()],
             "start": start,
             "position": position,
-            "chosen": named(chosen) | {"rank": likeliest.index(chosen) + 1},
-            "likeliest": [named(token) for token in likeliest[:LIKELIEST]],
-            "attention": weights.tolist(),
+            "chosen": named(chosen) | {"rank": ranked.index(chosen) + 1},
+            "likeliest": [named(token) for token in ranked[:LIKELIEST]],
+            "attention": attention.squeeze(2).tolist(),
         }
+
+    def tokens(self, text: str, position: int) -> Tensor:
+        """The tokens of `text` (n,) int64; ApiError unless there is one at `position`, not 0."""
+        try:
+            tokens = self.tokenizer.encode(text)
+        except ValueError as error:
+            raise ApiError(400, f"text: {error}", "text") from None
+        vocabulary = self.model.config.vocab_size
+        if (tokens >= vocabulary).any():
+            message = f"text: token id {tokens.max()} is beyond the model's {vocabulary} tokens"
+            raise ApiError(400, message, "text")
+        if position == 0:
+            message = "position must be above 0: the model sees nothing before the first token"
+            raise ApiError(400, message, "position")
+        if not 0 < position < len(tokens):
+            message = f"position must be that of one of the {len(tokens)} tokens, got {position}"
+            raise ApiError(400, message, "position")
+        return tokens
 
 
 def parse(body: bytes) -> tuple[str, int]:
@@ -122,19 +143,20 @@ def parse(body: bytes) -> tuple[str, int]:
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {error}") from None
     if not isinstance(fields, dict):
-        raise ApiError(400, "the body must be a JSON object")
+        raise ApiError(400, f"the body must be a JSON object, got {kind_of(fields)}")
     text, position = fields.get("text"), fields.get("position")
     if not isinstance(text, str):
-        raise ApiError(400, "text must be a string", "text")
+        raise ApiError(400, f"text must be a string, got {kind_of(text)}", "text")
     if type(position) is not int:
-        raise ApiError(400, "position must be an integer", "position")
+        got = position if isinstance(position, float) else kind_of(position)
+        raise ApiError(400, f"position must be an integer, got {got}", "position")
     return text, position
 
 
-@torch.no_grad()
 def next_probabilities(model: GPT, tokens: Tensor) -> Tensor:
-    """How likely each token of the vocabulary is after `tokens` (T,): (V,) float32."""
-    return model(tokens[None])[0, -1].float().softmax(-1)
+    """How likely each token of the vocabulary is after `tokens` (T,): (V,) float64."""
+    logits = last_logits(model, tokens[None], [KVCache() for _ in model.blocks])
+    return logits[0].double().softmax(-1)
 
 
 def curve(records: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
