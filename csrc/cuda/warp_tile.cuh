@@ -201,8 +201,8 @@ __device__ void for_each_element(Slab& slab, const float (&left)[4], const float
   for (int row = lane() / 16; row < kWarpRows; row += 2) f(row, column, slab.at[row][column]);
 }
 
-// f(row, column, values) for each four neighbours. A loop that stays a loop: f may be long, and there
-// is a copy of it for each 16 x 16 of a warp's result.
+// f(row, column, values) for each four neighbours. A loop that stays a loop: f may be long, and
+// there is a copy of it for each 16 x 16 of a warp's result.
 template <class F>
 __device__ void for_each_four(Slab& slab, const float (&left)[4], const float (&right)[4], F&& f) {
   fill_slab(slab, left, right);
