@@ -137,6 +137,12 @@ def test_bytes_that_are_no_text_are_kept_and_shown_as_such() -> None:
     assert tokenizer.decode(ids) == "a\ufffdb"
 
 
+@pytest.mark.parametrize("kind", ["characters", "bytes", "tokenizers"])
+def test_a_lone_surrogate_has_no_tokens(kind: str) -> None:
+    with pytest.raises(ValueError, match="d800"):
+        all_kinds()[kind].encode("un\ud800")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

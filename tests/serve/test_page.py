@@ -84,6 +84,7 @@ def test_no_other_file_is_given(client: TestClient, name: str) -> None:
 
 
 def test_page_asks_for_what_is_there_and_no_other_origin() -> None:
+    assert "index.html" in page.FILES
     for path in page.FILES.values():
         content = path.read_text()
         assert set(re.findall(r'"/static/([^"]*)"', content)) <= page.FILES.keys()
