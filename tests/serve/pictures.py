@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.serve.browser import Browser
 from tests.serve.server import Server
 
-PROMPT, TEMPERATURE, SEED, PLACE, HEAD = "The ", 0.5, 1, 60, 5
+PROMPT, TEMPERATURE, SEED, PLACE, HEAD = "The ", 0.5, 1, 60, 1
 IMAGES = Path(__file__).parents[2] / "docs/images"
 PICTURES = {
     "serve_light": (1040, "light"),
