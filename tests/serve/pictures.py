@@ -8,11 +8,12 @@ from pathlib import Path
 from tests.serve.browser import Browser
 from tests.serve.server import Server
 
+PROMPT, TEMPERATURE, SEED, PLACE, HEAD = "The ", 0.5, 1, 60, 1
 IMAGES = Path(__file__).parents[2] / "docs/images"
 PICTURES = {
-    "page_light": (1040, "light"),
-    "page_dark": (1040, "dark"),
-    "page_phone": (390, "light"),
+    "serve_light": (1040, "light"),
+    "serve_dark": (1040, "dark"),
+    "serve_phone": (390, "light"),
 }
 
 
@@ -32,10 +33,17 @@ def draw(browser: Browser, server: Server, path: Path, width: int, scheme: str) 
     browser.window(width, 900)
     browser.driver.get(f"http://127.0.0.1:{server.port}/")
     browser.wait("document.querySelector('#curve svg')")
-    browser.run("document.getElementById('seed').value = 1; document.getElementById('go').click()")
+    settings = {"prompt": PROMPT, "temperature": TEMPERATURE, "seed": SEED}
+    for name, value in settings.items():
+        browser.run(f"""
+            const field = document.getElementById('{name}');
+            field.value = '{value}';
+            field.dispatchEvent(new Event('input'));""")
+    browser.run("document.getElementById('go').click()")
     browser.wait("document.getElementById('status').textContent === 'Done.'")
-    browser.run("document.getElementById('piece-60').click()")
+    browser.run(f"document.getElementById('piece-{PLACE}').click()")
     browser.wait("!document.getElementById('look').hidden")
+    browser.run(f"document.querySelectorAll('#heads button')[{HEAD}].click()")
     browser.window(width, browser.value("document.documentElement.scrollHeight"))
     path.write_bytes(browser.driver.get_screenshot_as_png())
 

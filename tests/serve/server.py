@@ -20,21 +20,23 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gpt_ext import GPT, checkpoint
 from gpt_ext.options import ModelOptions, TrainOptions
-from gpt_ext.tokenizer import CharTokenizer
+from gpt_ext.tokenizer import CharTokenizer, Tokenizer
 
 VOCABULARY = "\n abcdefghijklmnopqrstuvwxyz.,!?"
 
 
-def make_run(folder: Path, **model: Any) -> Path:
+CHARACTERS = CharTokenizer(VOCABULARY)
+
+
+def make_run(folder: Path, tokenizer: Tokenizer = CHARACTERS, **model: Any) -> Path:
     """A run whose model has random weights."""
     torch.manual_seed(0)
     sizes = asdict(ModelOptions(**model))
     run = folder / "tiny"
-    config = {"vocab_size": len(VOCABULARY), "model": sizes, "train": asdict(TrainOptions())}
-    checkpoint.create_run(
-        run, config | {"data": "none", "data_sha256": ""}, CharTokenizer(VOCABULARY)
-    )
-    checkpoint.save_weights(run / checkpoint.BEST, GPT(len(VOCABULARY), **sizes).state_dict())
+    vocabulary = len(tokenizer)
+    config = {"vocab_size": vocabulary, "model": sizes, "train": asdict(TrainOptions())}
+    checkpoint.create_run(run, config | {"data": "none", "data_sha256": ""}, tokenizer)
+    checkpoint.save_weights(run / checkpoint.BEST, GPT(vocabulary, **sizes).state_dict())
     return run
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gpt_ext import checkpoint
+from gpt_ext.bpe import BPETokenizer
 from tests.serve.browser import CHROMIUM, DRIVER, Browser
 from tests.serve.server import Server, make_run
 
@@ -78,6 +79,17 @@ def write(browser: Browser, prompt: str = "once upon ", length: int = 40) -> str
     return text
 
 
+def when_it_writes(browser: Browser, script: str) -> None:
+    """Runs it once, when the first of an answer has come."""
+    browser.run(f"""
+        const text = document.getElementById('text');
+        new MutationObserver((_, observer) => {{
+            if (!text.querySelector(':scope > :not(.prompt)')) return;
+            observer.disconnect();
+            {script};
+        }}).observe(text, {{childList: true}});""")
+
+
 def test_it_writes_on_and_the_seed_decides(browser: Browser, server: Server) -> None:
     text = write(browser)
     settings = {"temperature": 0.8, "top_p": 1, "seed": 7, "max_tokens": 40}
@@ -89,12 +101,36 @@ def test_it_writes_on_and_the_seed_decides(browser: Browser, server: Server) -> 
 
 def test_stop_and_escape_end_the_writing(browser: Browser) -> None:
     escape = "document.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape'}))"
-    for end in ("document.getElementById('stop').click()", escape):
+    for end in ("document.getElementById('go').click()", escape):
         fill(browser, "a", max_tokens=1000)
-        browser.run(f"document.getElementById('go').click(); {end}")
+        when_it_writes(browser, end)
+        browser.find("#go").click()
         browser.wait("document.getElementById('status').textContent === 'Stopped.'")
-        assert browser.value(f"{SPANS}.length") < 1001
-        assert browser.find("#go").is_enabled()
+        assert 1 < browser.value(f"{SPANS}.length") < 1001
+        assert browser.find("#go").text == "Write"
+
+
+def test_a_look_while_it_writes_loses_nothing(browser: Browser) -> None:
+    when_it_writes(browser, f"{SPANS}[3].click()")
+    text = write(browser, length=1000)
+    assert len(text) == len("once upon ") + 1000
+    assert browser.value(SELECTED) == "piece-3"
+    browser.wait("!document.getElementById('look').hidden")
+
+
+def test_tokens_are_chosen_where_they_are_no_characters(chromium: Browser, tmp_path: Path) -> None:
+    tokenizer = BPETokenizer.train(iter(["once upon a time "] * 9), 270)
+    server = Server(make_run(tmp_path, tokenizer, context_length=32, model_dim=16))
+    chromium.driver.get(f"http://127.0.0.1:{server.port}/")
+    chromium.wait("document.title === 'tiny'")
+    text = write(chromium, "once upon a time ")
+    pieces = [tokenizer.decode(token[None]) for token in tokenizer.encode("once upon a time ")]
+    chromium.wait(f"{SPANS}[0].textContent === '{pieces[0]}'")
+    assert chromium.value("document.getElementById('text').textContent") == text
+    chromium.run(f"{SPANS}[1].click()")
+    chromium.wait("!document.getElementById('look').hidden")
+    assert chromium.find("#bars .chosen code").text == pieces[1].replace(" ", "␣")
+    server.stop()
 
 
 def test_server_errors_are_told(browser: Browser) -> None:
@@ -116,12 +152,18 @@ def test_click_shows_what_could_stand_there(browser: Browser) -> None:
     assert marked == text[20].replace(" ", "␣").replace("\n", "↵")
     heads = browser.driver.find_elements("css selector", "#heads button")
     assert len(heads) == 2 * 4
-    shades = "Array.from(document.querySelectorAll('#text span'), s => s.style.background).join()"
+    shades = (
+        "Array.from(document.querySelectorAll('#text span'), s => s.getAttribute('style')).join()"
+    )
     before = browser.value(shades)
     heads[5].click()
-    assert browser.find("#head").text == "Layer 2, head 2"
+    assert browser.find("#head").text.startswith("Layer 2, head 2: ")
     assert browser.value(shades) != before
     assert 0 < browser.value(SHADED) <= 20
+    browser.find("#on").click()
+    browser.wait(f"{SELECTED} === 'piece-21'")
+    browser.find("#back").click()
+    browser.wait(f"{SELECTED} === 'piece-20'")
     browser.find("#close").click()
     assert browser.value("document.getElementById('look').hidden")
     assert browser.value(SHADED) == 0
@@ -151,22 +193,26 @@ def test_keyboard_does_it_all(browser: Browser) -> None:
     assert browser.value(outline) == "solid"
     browser.run("document.querySelector('#heads [aria-checked=true]').focus()")
     press(Keys.ARROW_DOWN, Keys.ARROW_RIGHT)
-    assert browser.find("#head").text == "Layer 2, head 2"
+    assert browser.find("#head").text.startswith("Layer 2, head 2: ")
     press(Keys.ESCAPE)
     assert browser.value("document.getElementById('look').hidden")
 
 
 def test_dark_is_the_systems_until_the_button_says_otherwise(browser: Browser) -> None:
-    theme = "document.documentElement.dataset.theme"
-    assert browser.value(theme) == "light"
+    def is_dark() -> bool:
+        ground = browser.value("getComputedStyle(document.body).backgroundColor")
+        return max(int(part) for part in ground[4:-1].split(",")) < 64
+
+    assert not is_dark()
     browser.scheme("dark")
-    browser.wait(f"{theme} === 'dark'")
-    ground = browser.value("getComputedStyle(document.body).backgroundColor")
-    assert max(int(part) for part in ground[4:-1].split(",")) < 64
+    assert is_dark()
     browser.find("#theme").click()
-    assert browser.value(theme) == "light"
+    assert not is_dark()
     browser.driver.refresh()
-    browser.wait(f"{theme} === 'light'")
+    assert not is_dark()
+    browser.find("#theme").click()
+    browser.scheme("light")
+    assert is_dark()
 
 
 def test_narrow_window_needs_no_scrolling_aside(browser: Browser) -> None:
@@ -175,9 +221,10 @@ def test_narrow_window_needs_no_scrolling_aside(browser: Browser) -> None:
     browser.run("document.getElementById('piece-20').click()")
     browser.wait("!document.getElementById('look').hidden")
     assert browser.value("document.documentElement.scrollWidth") <= 320
-    small = """[...document.querySelectorAll('button')].filter(b => b.offsetParent)
-        .filter(b => b.offsetHeight < 44 || b.offsetWidth < 44).length"""
-    assert browser.value(small) == 0
+    small = """[...document.querySelectorAll('button, input, textarea')]
+        .filter(each => each.offsetParent && Math.min(each.offsetHeight, each.offsetWidth) < 40)
+        .map(each => each.id)"""
+    assert browser.value(small) == []
 
 
 def test_losses_are_drawn(browser: Browser) -> None:

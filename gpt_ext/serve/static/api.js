@@ -39,6 +39,7 @@ export async function* complete(request, signal) {
     if (error) throw new Error(error.message);
     if (choices[0]?.text) yield choices[0].text;
   }
+  throw new Error("the server broke off");
 }
 
 async function* events(body) {

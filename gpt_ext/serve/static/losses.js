@@ -1,6 +1,6 @@
 // The run's loss curve, as SVG.
 
-const HEIGHT = 240, LEFT = 44, RIGHT = 12, TOP = 10, BOTTOM = 28;
+const HEIGHT = 260, LEFT = 44, RIGHT = 12, TOP = 30, BOTTOM = 28;
 
 export function element(name, attributes = {}, text = "") {
   const made = document.createElementNS("http://www.w3.org/2000/svg", name);
@@ -25,6 +25,7 @@ export function curve({ train, validation }, width) {
     svg.append(element("line", { x1: LEFT, x2: width - RIGHT, y1: y(loss), y2: y(loss) }));
     svg.append(element("text", { x: LEFT - 8, y: y(loss) + 4, "text-anchor": "end" }, loss));
   }
+  svg.append(element("text", { x: 0, y: 14 }, "loss, nats a token"));
   for (const part of [0, 0.5, 1]) {
     const anchor = ["start", "middle", "end"][part * 2];
     const step = Math.round(part * last);

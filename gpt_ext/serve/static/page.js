@@ -3,32 +3,11 @@
 import { NeedsToken, complete, get, keepToken, look } from "/static/api.js";
 import { show } from "/static/look.js";
 import { curve } from "/static/losses.js";
+import { append, count, draw, mark, placeOf, shade, unshade } from "/static/text.js";
 
 const at = (id) => document.getElementById(id);
-const state = { text: "", prompt: 0, pieces: [], selected: null, writing: null, looking: null };
-
-// Light and dark: the system's, until the button says otherwise.
-const dark = matchMedia("(prefers-color-scheme: dark)");
-const setTheme = () => {
-  const theme = localStorage.getItem("theme") ?? (dark.matches ? "dark" : "light");
-  document.documentElement.dataset.theme = theme;
-};
-dark.addEventListener("change", setTheme);
-at("theme").addEventListener("click", () => {
-  const isDark = document.documentElement.dataset.theme === "dark";
-  localStorage.setItem("theme", isDark ? "light" : "dark");
-  setTheme();
-});
-setTheme();
-
-for (const slider of document.querySelectorAll("input[type=range]")) {
-  const tell = () => {
-    const zero = slider.value === "0" && slider.dataset.zero;
-    slider.parentElement.querySelector("output").textContent = zero || slider.value;
-  };
-  slider.addEventListener("input", tell);
-  tell();
-}
+// `cut`: the text is in the model's tokens; until it is, no place in it can be looked at.
+const state = { byCharacter: true, text: "", prompt: "", cut: true, selected: null, writing: null, looking: null };
 
 const tell = (message) => { at("status").textContent = message; };
 
@@ -54,115 +33,98 @@ function request() {
 async function write() {
   const asked = request();
   close();
-  state.text = asked.prompt;
-  state.pieces = [...asked.prompt];
-  state.prompt = state.pieces.length;
-  draw();
+  state.text = state.prompt = asked.prompt;
+  state.cut = state.byCharacter;
   state.writing = new AbortController();
-  at("go").disabled = true;
-  at("stop").disabled = false;
+  draw([...state.text], state.prompt.length);
+  at("go").textContent = "Stop";
   tell("Writing…");
   try {
-    for await (const text of complete(asked, state.writing.signal)) append(text);
+    for await (const text of complete(asked, state.writing.signal)) {
+      state.text += text;
+      append([...text]);
+    }
     tell("Done.");
   } catch (error) {
     if (error.name === "AbortError") tell("Stopped.");
     fail(error);
   }
   state.writing = null;
-  at("go").disabled = false;
-  at("stop").disabled = true;
+  at("go").textContent = "Write";
+  if (!state.cut) cut().catch(fail);
 }
 
-function append(text) {
-  state.text += text;
-  const start = state.pieces.length;
-  state.pieces.push(...text);
-  at("text").append(...state.pieces.slice(start).map((piece, i) => span(piece, start + i)));
-  at("text").scrollTop = at("text").scrollHeight;
-}
-
-function span(piece, index) {
-  const made = document.createElement("span");
-  made.id = `piece-${index}`;
-  made.textContent = piece;
-  made.setAttribute("role", "option");
-  made.setAttribute("aria-selected", "false");
-  made.classList.toggle("prompt", index < state.prompt);
-  return made;
-}
-
-function draw() {
-  at("text").replaceChildren(...state.pieces.map(span));
+/** Cuts the text as the model's tokens do. */
+async function cut() {
+  const text = state.text;
+  const { pieces } = await look(text, 1);
+  if (text !== state.text) return; // another is being written
+  draw(pieces, state.prompt.length);
+  state.cut = true;
 }
 
 // Looking
 
 async function select(position) {
+  if (!state.cut) return;
+  if (position === 0) return tell("Nothing comes before the first place.");
   state.looking?.abort();
   state.looking = new AbortController();
+  state.selected = position;
   mark(position);
   try {
     const answer = await look(state.text, position, state.looking.signal);
-    if (answer.pieces.length !== at("text").children.length) repartition(answer.pieces);
     at("look").hidden = false;
+    at("back").disabled = position === 1;
+    at("on").disabled = position === answer.pieces.length - 1;
     show(answer, (weights) => shade(weights, answer.start));
   } catch (error) {
     fail(error);
   }
 }
 
-/** Tokens need not be characters: from the first look on, the text is cut as the server cuts it. */
-function repartition(pieces) {
-  const prompt = state.pieces.slice(0, state.prompt).join("").length;
-  state.pieces = pieces;
-  state.prompt = 0;
-  for (let length = 0; length < prompt; state.prompt++) length += pieces[state.prompt].length;
-  draw();
-  mark(state.selected);
-}
-
-function mark(position) {
-  at("text").querySelector('[aria-selected="true"]')?.setAttribute("aria-selected", "false");
-  state.selected = position;
-  const piece = at(`piece-${position}`);
-  piece?.setAttribute("aria-selected", "true");
-  piece?.scrollIntoView({ block: "nearest" });
-  if (piece) at("text").setAttribute("aria-activedescendant", piece.id);
-  else at("text").removeAttribute("aria-activedescendant");
-}
-
-function shade(weights, start) {
-  const style = getComputedStyle(document.documentElement);
-  const strongest = style.getPropertyValue("--heat-most"), most = Math.max(...weights);
-  [...at("text").children].forEach((piece, i) => {
-    const weight = weights[i - start];
-    if (weight > 0.01) piece.style.background = `rgb(var(--heat) / ${(strongest * weight) / most})`;
-    else piece.removeAttribute("style");
-  });
+/** To the place a step further, within the text; from none, from beyond its ends. */
+function move(step) {
+  const last = count() - 1;
+  const next = (state.selected ?? (step > 0 ? 0 : last + 1)) + step;
+  if (last > 0) select(Math.min(last, Math.max(1, next)));
 }
 
 function close() {
   state.looking?.abort();
+  state.selected = null;
   at("look").hidden = true;
   mark(null);
-  for (const piece of at("text").children) piece.removeAttribute("style");
+  unshade();
 }
 
 // Events
 
-at("write").addEventListener("submit", (event) => { event.preventDefault(); write(); });
-at("stop").addEventListener("click", () => state.writing?.abort());
+for (const slider of document.querySelectorAll("input[type=range]")) {
+  const label = () => {
+    const zero = slider.value === "0" && slider.dataset.zero;
+    slider.parentElement.querySelector("output").textContent = zero || slider.value;
+  };
+  slider.addEventListener("input", label);
+  label();
+}
+at("write").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (state.writing) state.writing.abort();
+  else write();
+});
 at("close").addEventListener("click", () => { close(); at("text").focus(); });
+at("back").addEventListener("click", () => move(-1));
+at("on").addEventListener("click", () => move(1));
 at("text").addEventListener("click", ({ target }) => {
-  if (target.role === "option") select(Number(target.id.slice("piece-".length)));
+  const position = placeOf(target);
+  if (position !== undefined) select(position);
 });
 at("text").addEventListener("keydown", (event) => {
-  const last = state.pieces.length - 1, now = state.selected;
-  const next = { ArrowRight: (now ?? 0) + 1, ArrowLeft: (now ?? last + 1) - 1, Home: 1, End: last }[event.key];
-  if (next === undefined || last < 1) return;
+  const step = { ArrowRight: 1, ArrowLeft: -1, Home: -Infinity, End: Infinity }[event.key];
+  if (!step) return;
   event.preventDefault();
-  select(Math.min(last, Math.max(1, next)));
+  move(step);
 });
 document.addEventListener("keydown", ({ key }) => {
   if (key !== "Escape") return;
@@ -181,9 +143,10 @@ async function start() {
   try {
     const model = await get("/api/model");
     document.title = at("name").textContent = model.name;
-    const unit = model.unit === "character" ? "characters" : "tokens";
+    state.byCharacter = model.unit === "character";
+    const unit = state.byCharacter ? "characters" : "tokens";
     at("sizes").textContent =
-      `${model.layers} layers × ${model.heads} heads, sees ${model.context} ${unit}, knows ${model.vocabulary}`;
+      `${model.layers} layers × ${model.heads} heads, sees ${model.context} ${unit} of ${model.vocabulary} kinds`;
     const losses = await get("/api/losses");
     if (losses.train.length + losses.validation.length) {
       at("losses").hidden = false;
