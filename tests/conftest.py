@@ -11,16 +11,13 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import pytest
 import torch
+from devices import DEVICES
 
 from gpt_ext import _C
 
 # A shell's background job ignores Ctrl-C, and so would the commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-DEVICES = [
-    "cpu",
-    *(["cuda"] if torch.cuda.is_available() and _C.build_facts()["with_cuda"] else []),
-]
 BACKENDS = [*(f"cpu-{level}" for level in _C.supported_simd_levels()), *DEVICES[1:]]
 
 # Warnings are errors in the tests; these torch gives itself, about its own code.

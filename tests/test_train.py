@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICES
 from corpus import sentences
+from devices import DEVICES
 from runs import assert_equal_tensors, begin_run, interrupt_after, records_of
 from torch import Tensor, nn
 
