@@ -1,19 +1,23 @@
-"""Fixtures of all tests: the devices, the SIMD levels, and one starting state for every test."""
+"""Fixtures of all tests: devices, SIMD levels, one starting state for every test, small runs."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 # Before torch loads OpenMP: waiting threads sleep, so that a busy machine does not slow the tests.
 os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import pytest
 import torch
+from corpus import sentences
 from devices import DEVICES
+from runs import begin_run
 
-from gpt_ext import _C
+from gpt_ext import _C, train
 
 # A shell's background job ignores Ctrl-C, and so would the commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -56,3 +60,22 @@ def same_start() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread(same_start: None) -> None:
+    """So small a model as that of `begin` gains nothing from more."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(sentences(3000))
+    return path
+
+
+@pytest.fixture
+def begin(text: Path) -> Callable[..., train.Trainer]:
+    """begin("name", option=...) starts a small run in the folder of that name."""
+    return partial(begin_run, text)

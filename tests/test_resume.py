@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +16,14 @@ import child
 import pytest
 import torch
 from corpus import sentences
-from runs import MODEL, TRAIN, assert_equal_tensors, begin_run, interrupt_after, records_of
+from runs import MODEL, TRAIN, assert_equal_tensors, interrupt_after, records_of
 
 from gpt_ext import checkpoint, state, train
 from gpt_ext.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALL = {"ema": 0.9, "micro_batch_size": 2, "recompute": True, "precision": "bfloat16"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """So small a model gains nothing from more (conftest gives the threads back)."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(sentences(3000))
-    return path
-
-
-@pytest.fixture
-def begin(text: Path) -> Callable[..., train.Trainer]:
-    """begin("name", option=...) starts a small run in the folder of that name."""
-    return partial(begin_run, text)
 
 
 @pytest.mark.parametrize(("step", "options"), [(3, {}), (8, {}), (13, {}), (13, ALL)])

@@ -7,15 +7,13 @@ import json
 import math
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from corpus import sentences
 from devices import DEVICES
-from runs import assert_equal_tensors, begin_run, interrupt_after, records_of
+from runs import assert_equal_tensors, interrupt_after, records_of
 from torch import Tensor, nn
 
 from gpt_ext import GPT, checkpoint, optimizer, train
@@ -24,24 +22,7 @@ from gpt_ext.distributed import World
 from gpt_ext.errors import UserError
 from gpt_ext.options import TrainOptions
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """So small a model gains nothing from more (conftest gives the threads back)."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(sentences(3000))
-    return path
-
-
-@pytest.fixture
-def begin(text: Path) -> Callable[..., train.Trainer]:
-    """begin("name", option=...) starts a small run in the folder of that name."""
-    return partial(begin_run, text)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_run_learns_and_leaves_its_files(begin: Callable[..., train.Trainer]) -> None:
