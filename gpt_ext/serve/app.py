@@ -124,7 +124,7 @@ class Call(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         leaving = asyncio.create_task(self._watch(receive))
         try:
-            await (self._stream(send) if self.request.stream else self._whole(scope, send))
+            await (self._stream(scope, send) if self.request.stream else self._whole(scope, send))
         except StalledError:
             self.left = True
         finally:
@@ -132,7 +132,7 @@ class Call(Response):
             self.service.scheduler.cancel(self.tickets)
             self._count()
 
-    async def _stream(self, send: Send) -> None:
+    async def _stream(self, scope: Scope, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
         started = False
         while True:
@@ -141,7 +141,7 @@ class Call(Response):
                 return
             if not started:
                 if error:  # nothing is sent yet: a status can still tell it
-                    await self._fail(error, send)
+                    await self._fail(error, scope, send)
                     return
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
                 started = True
@@ -179,20 +179,13 @@ class Call(Response):
             if self.left:
                 return
             if error:
-                await self._fail(error, send)
+                await self._fail(error, scope, send)
                 return
         await JSONResponse(self.answer.whole())(scope, no_receive, send)
 
-    async def _fail(self, error: ApiError, send: Send) -> None:
+    async def _fail(self, error: ApiError, scope: Scope, send: Send) -> None:
         self.status_code = error.status
-        response = error_response(error)
-        await send(
-            {
-                "type": "http.response.start", "status": error.status,
-                "headers": response.raw_headers,
-            }
-        )  # fmt: skip
-        await send({"type": "http.response.body", "body": response.body})
+        await error_response(error)(scope, no_receive, send)
 
     async def _news(self) -> ApiError | None:
         """Waits for something new; the error that ends the call, if that is what comes."""
