@@ -63,12 +63,20 @@ def draw_curves(metrics: Iterable[Mapping[str, Any]], path: Path) -> None:
     save_figure(figure, path)
 
 
-@torch.no_grad()
-def attention_weights(model: GPT, tokens: Tensor, queries: slice = slice(None)) -> Tensor:
+def attention_weights(model: GPT, tokens: Tensor) -> Tensor:
     """What each of `tokens` (T,) takes from each: (layers, heads, T, T), rows that add up to 1.
 
-    They are those of the model as it reads the tokens, dropout off; only the rows of `queries`, if
-    given, are kept. ValueError for no tokens or for more than the context.
+    They are those of the model as it reads the tokens, dropout off. ValueError for no tokens or for
+    more than the context.
+    """
+    return read(model, tokens)[0]
+
+
+@torch.no_grad()
+def read(model: GPT, tokens: Tensor, queries: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """The `attention_weights` of `tokens`, and what the blocks make of them: (T, C).
+
+    Of the weights only the rows of `queries` are kept.
     """
     if not len(tokens):
         raise ValueError("there is nothing to look at")
@@ -86,7 +94,7 @@ def attention_weights(model: GPT, tokens: Tensor, queries: slice = slice(None)) 
     x = model.embed(tokens[None])
     for block in model.blocks:
         x = block(x, attend)
-    return torch.stack(maps)
+    return torch.stack(maps), x[0]
 
 
 def draw_attention(weights: Tensor, labels: Sequence[str], path: Path) -> None:

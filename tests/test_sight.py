@@ -93,7 +93,7 @@ def test_attention_is_that_of_the_model(course: Course, model: GPT) -> None:
     assert weights.shape == (3, 4, 17, 17)
     wanted = torch.stack(expected).view(3, 4, 17, 17)
     torch.testing.assert_close(weights.double(), wanted, rtol=1e-5, atol=1e-6)
-    last = plots.attention_weights(model, tokens, slice(-1, None))
+    last = plots.read(model, tokens, slice(-1, None))[0]
     assert torch.equal(last, weights[:, :, -1:])
 
 

@@ -81,12 +81,7 @@ class Completion:
 
 def parse(body: bytes, tokenizer: Tokenizer, model: str, limits: Limits) -> Completion:
     """The request of a body; ApiError 400, or 404 for another model, says what is wrong."""
-    try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ApiError(400, f"the body must be a JSON object, got {kind_of(fields)}")
+    fields = object_of(body)
     for name, value in fields.items():
         if name not in KNOWN:
             raise ApiError(400, f"{name} is not supported", name)
@@ -115,6 +110,17 @@ def parse(body: bytes, tokenizer: Tokenizer, model: str, limits: Limits) -> Comp
         stops_of(fields.get("stop")), n, read.integer("logprobs", None, 0, MAX_LOGPROBS),
         read.boolean("echo"), read.boolean("stream"), bool(options.get("include_usage")),
     )  # fmt: skip
+
+
+def object_of(body: bytes) -> dict[str, Any]:
+    """The JSON object that a body is; ApiError 400 for anything else."""
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ApiError(400, f"the body must be a JSON object, got {kind_of(fields)}")
+    return fields
 
 
 class Fields:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ from starlette.routing import BaseRoute, Route
 from torch import Tensor
 
 from gpt_ext import checkpoint
-from gpt_ext.generation import KVCache, last_logits
 from gpt_ext.model import GPT
-from gpt_ext.plots import attention_weights
-from gpt_ext.serve.completions import ApiError, kind_of, name_of, piece_of
+from gpt_ext.plots import read
+from gpt_ext.serve.completions import ApiError, kind_of, name_of, object_of, piece_of
 from gpt_ext.serve.http import error_response, whole_body
 from gpt_ext.tokenizer import CharTokenizer, Tokenizer
 
@@ -99,8 +97,9 @@ class Page:
         tokens = self.tokens(text, position)
         start = max(0, position - self.model.config.context_length)
         seen, chosen = tokens[start:position], int(tokens[position])
-        attention = attention_weights(self.model, seen, slice(-1, None))  # (layers, heads, 1, T)
-        probabilities = next_probabilities(self.model, seen)
+        attention, x = read(self.model, seen, slice(-1, None))  # (layers, heads, 1, T), (T, C)
+        logits = self.model.vocab_projection(self.model.final_norm(x[-1]))
+        probabilities = logits.double().softmax(-1)  # (V,)
         ranked = probabilities.argsort(descending=True, stable=True).tolist()
         text_of = self.tokenizer.stream()
 
@@ -138,12 +137,7 @@ class Page:
 
 def parse(body: bytes) -> tuple[str, int]:
     """Text and position of a request; ApiError 400 says what is wrong with it."""
-    try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ApiError(400, f"the body must be a JSON object, got {kind_of(fields)}")
+    fields = object_of(body)
     text, position = fields.get("text"), fields.get("position")
     if not isinstance(text, str):
         raise ApiError(400, f"text must be a string, got {kind_of(text)}", "text")
@@ -151,12 +145,6 @@ def parse(body: bytes) -> tuple[str, int]:
         got = position if isinstance(position, float) else kind_of(position)
         raise ApiError(400, f"position must be an integer, got {got}", "position")
     return text, position
-
-
-def next_probabilities(model: GPT, tokens: Tensor) -> Tensor:
-    """How likely each token of the vocabulary is after `tokens` (T,): (V,) float64."""
-    logits = last_logits(model, tokens[None], [KVCache() for _ in model.blocks])
-    return logits[0].double().softmax(-1)
 
 
 def curve(records: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:

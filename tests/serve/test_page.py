@@ -224,15 +224,15 @@ def test_looks_leave_the_server_free_and_wait_for_each_other(
 ) -> None:
     begun, go_on, alone = threading.Event(), threading.Event(), threading.Lock()
 
-    def weights(*arguments: Any) -> torch.Tensor:
+    def read(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         with_others = not alone.acquire(blocking=False)
         begun.set()
         assert go_on.wait(30)
         assert not with_others
         alone.release()
-        return plots.attention_weights(*arguments)
+        return plots.read(*arguments)
 
-    monkeypatch.setattr(page, "attention_weights", weights)
+    monkeypatch.setattr(page, "read", read)
     with TestClient(create_app(*loaded, run)) as client, ThreadPoolExecutor() as pool:
         answers = [pool.submit(look, client, TEXT, position) for position in (3, 4, 5)]
         assert begun.wait(30)
