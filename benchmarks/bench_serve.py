@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,7 @@ from contest import Report, add_options, spread, table
 from load import PROMPT
 from models import SEED, build
 
-from gpt_ext import GPT, checkpoint
-from gpt_ext.options import TrainOptions
+from gpt_ext import GPT
 from gpt_ext.tokenizer import CharTokenizer
 
 TOKENS = 112  # of an answer: with the prompt within the context
@@ -40,21 +38,10 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def make_run(folder: Path, model: GPT) -> Path:
-    run, fields = folder / "seed", asdict(model.config)
-    vocab = fields.pop("vocab_size")
-    config = {"vocab_size": vocab, "model": fields, "train": asdict(TrainOptions())}
-    vocabulary = "".join(map(chr, range(32, 32 + vocab)))
-    config |= {"data": "none", "data_sha256": ""}
-    checkpoint.create_run(run, config, CharTokenizer(vocabulary))
-    checkpoint.save_weights(run / checkpoint.BEST, model.state_dict())
-    return run
-
-
 @contextmanager
-def server(run: Path, slots: int) -> Iterator[int]:
+def server(folder: str, slots: int) -> Iterator[int]:
     """The port of `gpt-ext serve`."""
-    command = [sys.executable, "-m", "gpt_ext", "serve", str(run), "--port", "0"]
+    command = [sys.executable, "-m", "gpt_ext", "serve", folder, "--port", "0"]
     process = subprocess.Popen([*command, "--slots", str(slots)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
@@ -139,8 +126,9 @@ def main() -> None:
     report = Report("bench_serve", options)
     model = build(SEED).eval()
     with tempfile.TemporaryDirectory() as folder:
-        run = make_run(Path(folder), model)
-        with server(run, max(options.clients)) as port:
+        characters = "".join(map(chr, range(32, 32 + SEED.vocab_size)))
+        model.save_pretrained(folder, CharTokenizer(characters))
+        with server(folder, max(options.clients)) as port:
             for clients in options.clients:
                 result = measure(model, port, clients, options)
                 report.add(result, cells(result))
