@@ -125,6 +125,17 @@ def load(path: Path, **arguments: Any) -> tuple[GPT, Tokenizer | None]:
     return model, tokenizers.load_tokenizer(path) if has_tokenizer else None
 
 
+def load_with_tokenizer(path: Path) -> tuple[GPT, Tokenizer]:
+    """What `load` does, for those who need the text of tokens; UserError where there is none."""
+    model, tokenizer = load(path)
+    if tokenizer is None:
+        raise UserError(
+            f"{path} has no tokenizer; to give it one: gpt-ext convert {path} FOLDER "
+            "--tokenizer PATH"
+        )
+    return model, tokenizer
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn, get_type_hints
 
 import jsonargparse
@@ -26,6 +27,11 @@ class Parser(jsonargparse.ArgumentParser):
                     default=field.default,
                     help=field.metadata["help"],
                 )
+
+
+def picked(kind: Callable[..., Any], options: Any) -> Any:
+    """The dataclass `kind` from those options that are its fields."""
+    return kind(**{field.name: options[field.name] for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
 
 
 def fail(message: str) -> int:

@@ -45,12 +45,7 @@ def parser() -> Parser:
 
 
 def run(options: Any) -> int:
-    model, tokenizer = pretrained.load(Path(options.run))
-    if tokenizer is None:
-        raise UserError(
-            f"{options.run} has no tokenizer; to give it one: gpt-ext convert {options.run} FOLDER "
-            "--tokenizer PATH"
-        )
+    model, tokenizer = pretrained.load_with_tokenizer(Path(options.run))
     write(
         model, tokenizer, options.prompt, options.length, options.seed,
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt_ext import engine, pretrained
-from gpt_ext.commands import Parser
+from gpt_ext.commands import Parser, picked
 from gpt_ext.errors import UserError
-from gpt_ext.generation import Overflow, WeightFormat
+from gpt_ext.generation import WeightFormat
+from gpt_ext.serve.options import ServeOptions
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -26,19 +27,7 @@ def parser() -> Parser:
         "--token", type=str, help="what clients must know; needed for any host but loopback"
     )
     parser.add_argument("--dtype", type=WeightFormat, default="float32", help="of the weights")
-    parser.add_argument(
-        "--overflow",
-        type=Overflow,
-        default="reprefill",
-        help="beyond the context: compute it anew now and then, or for each token (exact)",
-    )
-    parser.add_argument("--slots", type=int, default=32, help="texts written at once")
-    parser.add_argument("--queue", type=int, default=128, help="texts that may wait")
-    parser.add_argument("--max-tokens", type=int, default=4096, help="tokens of one answer at most")
-    parser.add_argument("--max-body", type=int, default=1 << 20, help="bytes of a request at most")
-    parser.add_argument(
-        "--timeout", type=float, default=120.0, help="seconds of one request at most"
-    )
+    parser.add_fields(ServeOptions)
     parser.add_argument(
         "--grace", type=float, default=10.0, help="seconds to finish in when told to stop"
     )
@@ -47,23 +36,15 @@ def parser() -> Parser:
 
 def run(options: Any) -> int:
     try:
-        from gpt_ext.serve.app import ServeOptions, create_app
+        from gpt_ext.serve.app import create_app
     except ModuleNotFoundError as error:
         raise UserError(
             f"serving needs {error.name}, which is not installed: pip install 'gpt-ext[serve]'"
         ) from None
     check(options)
     folder = Path(options.run)
-    model, tokenizer = pretrained.load(folder)
-    if tokenizer is None:
-        raise UserError(
-            f"{folder} has no tokenizer; to give it one: gpt-ext convert {folder} FOLDER "
-            "--tokenizer PATH"
-        )
-    sizes = ServeOptions(
-        options.slots, options.queue, options.max_tokens, options.max_body, options.timeout,
-        stride=0 if options.overflow == "exact" else None,
-    )  # fmt: skip
+    model, tokenizer = pretrained.load_with_tokenizer(folder)
+    sizes = picked(ServeOptions, options)
     try:
         app = create_app(
             model, tokenizer, folder, dtype=options.dtype, token=options.token, options=sizes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ else:
     import tomli as tomllib
 
 from gpt_ext import checkpoint, train
-from gpt_ext.commands import Parser
+from gpt_ext.commands import Parser, picked
 from gpt_ext.distributed import LostProcessError, World
 from gpt_ext.errors import UserError
 from gpt_ext.options import ModelOptions, TrainOptions
@@ -56,7 +56,7 @@ def parser() -> Parser:
 
 
 def run(options: Any) -> int:
-    model, training = _picked(ModelOptions, options), _picked(TrainOptions, options)
+    model, training = picked(ModelOptions, options), picked(TrainOptions, options)
     if options.resume is None:
         if options.data is None or options.out is None:
             raise UserError("train needs --data PATH and --out RUN, or --resume RUN")
@@ -101,11 +101,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if unknown := options.keys() - {"data", "out", *fields}:
         raise UserError(f"{path} has an option that train does not know: {min(unknown)}")
     return options
-
-
-def _picked(kind: Callable[..., Any], options: Any) -> Any:
-    """The dataclass `kind` from those options that are its fields."""
-    return kind(**{field.name: options[field.name] for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
 
 
 def _draw(run: Path) -> None:

@@ -7,7 +7,6 @@ import hmac
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +18,17 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gpt_ext.engine import Slots, engine_for
+from gpt_ext.generation import check_overflow
 from gpt_ext.model import GPT
 from gpt_ext.serve import page
 from gpt_ext.serve.completions import Answer, ApiError, Completion, Limits, event, parse
 from gpt_ext.serve.http import error_response, whole_body
 from gpt_ext.serve.metrics import CONTENT_TYPE, Metrics
+from gpt_ext.serve.options import ServeOptions
 from gpt_ext.serve.scheduler import ClosingError, FullError, Progress, Scheduler
 from gpt_ext.tokenizer import Tokenizer
 
 STALL_SECONDS = 0.8  # a reader that takes nothing for so long is gone
-
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """Sizes and limits of an endpoint."""
-
-    slots: int = 32  # sequences written at once
-    queue: int = 128  # sequences that may wait
-    max_tokens: int = 4096  # of an answer
-    max_body: int = 1 << 20  # bytes of a request
-    timeout: float = 120.0  # seconds of a request, waiting included
-    stride: int | None = None  # of `overflow="reprefill"`; 0 is "exact"
 
 
 class Service:
@@ -50,7 +39,7 @@ class Service:
     ) -> None:
         config = model.config
         window = config.context_length
-        stride = window // 4 if options.stride is None else options.stride
+        stride = check_overflow(options.overflow, None, window)
         stop = () if tokenizer.end is None else (tokenizer.end,)
         slots = Slots(engine_for(model, dtype), options.slots, window, window, stride, stop)
         self.scheduler = Scheduler(slots, options.queue)
