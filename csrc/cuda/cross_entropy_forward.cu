@@ -109,13 +109,7 @@ struct CrossEntropyParts {
 namespace gpt_ext {
 
 int64_t workspace_bytes(Cuda, const CrossEntropyForward& p) {
-  int64_t bytes = 0;
-  cuda::dispatch_precision(p.problem.precision, [&](auto stream, auto product) {
-    using Parts =
-        cuda::CrossEntropyParts<typename decltype(stream)::type, typename decltype(product)::type>;
-    bytes = Parts(p).workspace.bytes();
-  });
-  return bytes;
+  return cuda::bytes_of_parts<cuda::CrossEntropyParts>(p);
 }
 
 void cross_entropy_forward(Cuda backend, const CrossEntropyForward& p) {

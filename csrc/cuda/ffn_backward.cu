@@ -105,13 +105,7 @@ void second_weights(Cuda backend, const FfnBackward& p, const Matrix<Product>& g
 namespace gpt_ext {
 
 int64_t workspace_bytes(Cuda, const FfnBackward& p) {
-  int64_t bytes = 0;
-  cuda::dispatch_precision(p.problem.precision, [&](auto stream, auto product) {
-    using Parts =
-        cuda::FfnBackwardParts<typename decltype(stream)::type, typename decltype(product)::type>;
-    bytes = Parts(p).workspace.bytes();
-  });
-  return bytes;
+  return cuda::bytes_of_parts<cuda::FfnBackwardParts>(p);
 }
 
 void ffn_backward(Cuda backend, const FfnBackward& p) {

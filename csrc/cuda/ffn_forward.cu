@@ -40,13 +40,7 @@ struct FfnForwardParts {
 namespace gpt_ext {
 
 int64_t workspace_bytes(Cuda, const FfnForward& p) {
-  int64_t bytes = 0;
-  cuda::dispatch_precision(p.problem.precision, [&](auto stream, auto product) {
-    using Parts =
-        cuda::FfnForwardParts<typename decltype(stream)::type, typename decltype(product)::type>;
-    bytes = Parts(p).workspace.bytes();
-  });
-  return bytes;
+  return cuda::bytes_of_parts<cuda::FfnForwardParts>(p);
 }
 
 void ffn_forward(Cuda backend, const FfnForward& p) {

@@ -23,6 +23,17 @@ void dispatch_precision(const Precision& precision, F&& f) {
   });
 }
 
+// The bytes of a call's workspace, which Parts<Stream, Product>(p) cuts.
+template <template <class, class> class Parts, class P>
+int64_t bytes_of_parts(const P& p) {
+  int64_t bytes = 0;
+  dispatch_precision(p.problem.precision, [&](auto stream, auto product) {
+    bytes = Parts<typename decltype(stream)::type, typename decltype(product)::type>(p)
+                .workspace.bytes();
+  });
+  return bytes;
+}
+
 // What dropout multiplies elements of (rows, columns) by; all by 1 where there is none. The seed is
 // read on the device, when the kernel runs: a captured graph draws anew each time it is replayed.
 class DropoutFactors {

@@ -45,13 +45,7 @@ Matrix<Product> before_dropout(Cuda backend, const LinearBackward& p, Product* g
 namespace gpt_ext {
 
 int64_t workspace_bytes(Cuda, const LinearBackward& p) {
-  int64_t bytes = 0;
-  cuda::dispatch_precision(p.problem.precision, [&](auto stream, auto product) {
-    using Parts = cuda::LinearBackwardParts<typename decltype(stream)::type,
-                                            typename decltype(product)::type>;
-    bytes = Parts(p).workspace.bytes();
-  });
-  return bytes;
+  return cuda::bytes_of_parts<cuda::LinearBackwardParts>(p);
 }
 
 void linear_backward(Cuda backend, const LinearBackward& p) {

@@ -21,13 +21,7 @@ struct LinearForwardParts {
 namespace gpt_ext {
 
 int64_t workspace_bytes(Cuda, const LinearForward& p) {
-  int64_t bytes = 0;
-  cuda::dispatch_precision(p.problem.precision, [&](auto stream, auto product) {
-    using Parts =
-        cuda::LinearForwardParts<typename decltype(stream)::type, typename decltype(product)::type>;
-    bytes = Parts(p).workspace.bytes();
-  });
-  return bytes;
+  return cuda::bytes_of_parts<cuda::LinearForwardParts>(p);
 }
 
 void linear_forward(Cuda backend, const LinearForward& p) {
