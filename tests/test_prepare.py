@@ -357,7 +357,7 @@ def peak_growth(inputs: list[str], out: str, answer: Any) -> None:
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
-    size = 100_000_000
+    size = 150_000_000
     with open(tmp_path / "large.txt", "w") as file:
         text = sentences(100_000)
         for _ in range(size // len(text)):
