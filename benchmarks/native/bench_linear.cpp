@@ -18,6 +18,7 @@ constexpr Shape kNormed[] = {
     {"seed_qkv_8192x252x756", 8192, 252, 756, false},
     {"seed_vocabulary_8192x252x104", 8192, 252, 104, true},
     {"gpt2_qkv_1024x768x2304", 1024, 768, 2304, true},
+    {"gpt2_qkv_256x768x2304", 256, 768, 2304, true},
     {"gpt2_vocabulary_256x768x50257", 256, 768, 50257, true},
 };
 constexpr Shape kResidual[] = {

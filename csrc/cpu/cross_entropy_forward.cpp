@@ -57,11 +57,7 @@ void cross_entropy_forward_typed(const CrossEntropyForward& p) {
   Buffer<Product> unwanted(p.dlogits ? 0 : static_cast<size_t>(rows * vocab));
   auto* z = p.dlogits ? static_cast<Product*>(p.dlogits) : unwanted.get();  // (N, V)
 
-  Buffer<typename E::Operand> packed(Panels<E>::size(d, vocab));
-  const auto w_t = pack_forward<E>(w, vocab, d, packed.get());
-  with_normed_input<Stream, Product>(p.x, rows, d, p.norm, [&](auto x, const auto& map) {
-    gemm(rows, d, x, w_t, store_to<Sum>(z, vocab, b), map);
-  });
+  normed_product<E, Product>(p.x, rows, d, p.norm, w, vocab, store_to<Sum>(z, vocab, b));
 
   int64_t count = 0;
   for (int64_t i = 0; i < rows; ++i) count += p.targets[i] != p.ignore_index;

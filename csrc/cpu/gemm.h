@@ -158,7 +158,7 @@ inline BlocksOfC blocks_of_c(int64_t rows, int64_t columns, int64_t panel, int64
   BlocksOfC best{};
   int64_t least = std::numeric_limits<int64_t>::max();
   for (int64_t n = panels;; n = (n + 1) / 2) {
-    for (int64_t m = std::min(kBlockRows / row_unit, units); m > 0; --m) {
+    for (int64_t m = std::clamp<int64_t>(kBlockRows / row_unit, 1, units); m > 0; --m) {
       const int64_t tasks = ((units + m - 1) / m) * ((panels + n - 1) / n);
       const int64_t cost = (tasks + threads - 1) / threads * (m * unit_tiles + 1) * (n + 1);
       if (cost < least) least = cost, best = {m * row_unit, n * panel};
@@ -180,11 +180,27 @@ struct TilesOfBlock : Callback<Tiles<typename E::Operand>, int64_t, int64_t, int
   TilesOfBlock(const F& f) : Base(f), transposed(f.first) {}
 };
 
+// b(p, k, steps, memory): where steps [k, k + steps) of panel p lie; they may be packed into
+// memory.
+template <class E>
+struct PanelBlocks
+    : Callback<const typename E::Operand*, int64_t, int64_t, int64_t, typename E::Operand*> {
+  static constexpr int64_t kWidth = Panels<E>::kWidth;
+  int64_t columns, steps;
+
+  template <class F>
+  PanelBlocks(const F& f)
+      : Callback<const typename E::Operand*, int64_t, int64_t, int64_t, typename E::Operand*>(f),
+        columns(f.columns),
+        steps(f.steps) {}
+  int64_t width(int64_t p) const { return Panels<E>{nullptr, columns, steps}.width(p); }
+};
+
 template <class E>
 struct BlockScratch {
   typename E::Sum* sums;
   int64_t row;  // of sums
-  typename E::Operand* a;
+  typename E::Operand *a, *b;
   size_t bytes;
 
   // For blocks of so many rows and columns of a product of so many steps.
@@ -195,6 +211,7 @@ struct BlockScratch {
     sums = carver.take<typename E::Sum>(blocks.count > 1 ? rows * row : 0);
     a = carver.take<typename E::Operand>((rows + kTileRows) *
                                          (round_up<typename E::Operand>(blocks.size) + 16));
+    b = carver.take<typename E::Operand>(blocks.size * Panels<E>::kWidth);
     bytes = carver.used();
   }
 };
@@ -214,7 +231,7 @@ FetchAhead fetch_ahead(const TilesOfBlock<E>& tiles, int64_t i0, int64_t rows, i
 // Rows [i0, i0 + rows), columns [j0, j0 + columns) of C, on this thread; j0 begins a panel.
 template <class E>
 __attribute__((noinline)) void gemm_block(int64_t i0, int64_t rows, int64_t j0, int64_t columns,
-                                          const Panels<E>& b, const TilesOfBlock<E>& tiles,
+                                          const PanelBlocks<E>& b, const TilesOfBlock<E>& tiles,
                                           const Epilogue<E>& epilogue,
                                           const BlockScratch<E>& scratch) {
   const Split k_blocks = split_steps(b.steps);
@@ -230,7 +247,7 @@ __attribute__((noinline)) void gemm_block(int64_t i0, int64_t rows, int64_t j0, 
       for (int64_t p = j / b.kWidth; p * b.kWidth < j + n; ++p) {
         const int64_t at = p * b.kWidth;
         multiply_panel<E>(i0, rows, at, std::min(b.kWidth, j + n - at), steps, block,
-                          b.panel(p) + k * b.width(p), b.width(p),
+                          b(p, k, steps, scratch.b), b.width(p),
                           {scratch.sums + at - j, scratch.row, k == 0, k + steps == b.steps},
                           epilogue, ahead);
       }
@@ -250,11 +267,12 @@ auto tiles_of(Matrix<Storage> a, int64_t depth, const Map& map) {
 }
 
 template <class E>
-__attribute__((noinline)) void gemm_blocks(int64_t rows, const Panels<E>& b,
+__attribute__((noinline)) void gemm_blocks(int64_t rows, const PanelBlocks<E>& b,
                                            const TilesOfBlock<E>& tiles,
-                                           const Epilogue<E>& epilogue) {
+                                           const Epilogue<E>& epilogue, bool all_rows = false) {
   if (rows == 0 || b.columns == 0) return;
-  const BlocksOfC block = blocks_of_c(rows, b.columns, b.kWidth, kTileRows, true);
+  const int64_t row_unit = all_rows ? (rows + kTileRows - 1) / kTileRows * kTileRows : kTileRows;
+  const BlocksOfC block = blocks_of_c(rows, b.columns, b.kWidth, row_unit, true);
   const int64_t across = (b.columns + block.columns - 1) / block.columns;
   const int64_t down = (rows + block.rows - 1) / block.rows;
   const auto scratch = [&](std::byte* memory) {
@@ -287,6 +305,15 @@ template <class E, class Storage, class Map = Unchanged>
 void gemm(int64_t rows, int64_t depth, Matrix<Storage> a, const Panels<E>& b,
           const std::type_identity_t<Epilogue<E>>& epilogue, const Map& map = {}) {
   gemm_blocks<E>(rows, b, tiles_of<E>(a, depth, map), epilogue);
+}
+
+// C (rows, columns) = A (rows, depth) B (depth, columns), where B is read from memory once and
+// never packed as a whole: a task has all rows of its columns. One stride of each is 1.
+template <class E, class A, class B>
+void gemm_reading_once(int64_t rows, int64_t depth, Matrix<A> a, Matrix<B> b, int64_t columns,
+                       const std::type_identity_t<Epilogue<E>>& epilogue) {
+  gemm_blocks<E>(rows, UnpackedPanels<E, B>{b, depth, columns}, tiles_of<E>(a, depth, Unchanged{}),
+                 epilogue, true);
 }
 
 }  // namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL

@@ -68,6 +68,45 @@ Panels<E> pack_backward(const Stream* w, int64_t o, int64_t d, typename E::Opera
   return pack<E>(Matrix<Stream>{w, d, 1}, o, d, memory);
 }
 
+// Whether the weights are larger than their input: then they are read from memory once, packed by
+// the tasks that multiply them, and the input is read again and again, as the smaller one should
+// be.
+inline bool weights_are_larger(int64_t rows, int64_t out_dim) { return out_dim > rows; }
+
+// map(x) (rows, columns) in memory.
+template <class Product, class Storage, class Map, class F>
+void with_mapped(Matrix<Storage> x, int64_t rows, int64_t columns, const Map& map, const F& f) {
+  using Sum = typename Accumulation<Product>::type;
+  Buffer<Product> y(static_cast<size_t>(rows * columns));
+  constexpr int64_t kRun = 16;  // rows a task
+  parallel_for_runs(rows, kRun, 0, [&](int64_t i, std::byte*) {
+    for_columns<Sum>(columns, [&](int64_t j, auto part) {
+      store(y.get() + i * columns + j, map(load(x.data + i * x.row + j, part), i, j, part), part);
+    });
+  });
+  f(Matrix<Product>{y.get(), columns, 1});
+}
+template <class Product, class F>
+void with_mapped(Matrix<Product> x, int64_t, int64_t, const Unchanged&, const F& f) {
+  f(x);
+}
+
+// C (N, o) = norm(x) W^T for w (o, d), and norm(x) = x where there is none.
+template <class E, class Product, class Stream>
+void normed_product(const void* x, int64_t rows, int64_t d, const LayerNorm& norm, const Stream* w,
+                    int64_t o, const Epilogue<E>& epilogue) {
+  with_normed_input<Stream, Product>(x, rows, d, norm, [&](auto in, const auto& map) {
+    if (weights_are_larger(rows, o)) {
+      with_mapped<Product>(in, rows, d, map, [&](Matrix<Product> y) {
+        gemm_reading_once<E>(rows, d, y, Matrix<Stream>{w, 1, d}, o, epilogue);
+      });
+    } else {
+      Buffer<typename E::Operand> packed(Panels<E>::size(d, o));
+      gemm(rows, d, in, pack_forward<E>(w, o, d, packed.get()), epilogue, map);
+    }
+  });
+}
+
 // dx (N, d) of P (LinearBackward or FfnBackward) from dy = g W, for g (N, o) and w (o, d); through
 // the norm, plus `skip`, where map is one. before(i, m, memory) makes rows [i, i + m) of g, with
 // before_bytes of memory; dx is made of them while they are in cache.
@@ -80,7 +119,8 @@ void input_gradient(const P& p, const G* g, int64_t o, const Stream* w, int64_t 
   Buffer<X> unwanted(wanted && !p.dx ? static_cast<size_t>(rows * d) : 0);
   X* dx = p.dx ? static_cast<X*>(p.dx) : unwanted.get();  // dy at first
   Panels<E> b{};
-  if (wanted) b = pack_backward<E>(w, o, d, memory);
+  const bool once = weights_are_larger(rows, o);
+  if (wanted && !once) b = pack_backward<E>(w, o, d, memory);
   const auto tiles = tiles_of<E>(Matrix<G>{g, o, 1}, o, Unchanged{});
   const auto epilogue = store_to<typename E::Sum>(dx, d);
   const auto norm = [&] {
@@ -95,10 +135,15 @@ void input_gradient(const P& p, const G* g, int64_t o, const Stream* w, int64_t 
   parallel_for_rows<E>(rows, std::max(o, d), std::max(before_bytes, scratch(nullptr).bytes),
                        [&](int64_t i, int64_t m, std::byte* memory) {
                          before(i, m, memory);
-                         if (!wanted) return;
+                         if (!wanted || once) return;
                          gemm_block<E>(i, m, 0, d, b, tiles, epilogue, scratch(memory));
                          if constexpr (kHasNorm) norm(i, m);
                        });
+  if (wanted && once) {
+    gemm_reading_once<E>(rows, o, Matrix<G>{g, o, 1}, Matrix<Stream>{w, d, 1}, d, epilogue);
+    if constexpr (kHasNorm)
+      parallel_for_rows<E>(rows, d, 0, [&](int64_t i, int64_t m, std::byte*) { norm(i, m); });
+  }
   if constexpr (kHasNorm)
     norm.gradients(static_cast<Stream*>(p.dnorm_weight), static_cast<Stream*>(p.dnorm_bias));
 }

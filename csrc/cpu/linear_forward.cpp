@@ -26,19 +26,15 @@ void linear_forward_typed(const LinearForward& p) {
   const auto* w = static_cast<const Stream*>(p.w);                // (o, d)
   const auto* b = static_cast<const Stream*>(p.b);                // (o) or null
   const auto* residual = static_cast<const Stream*>(p.residual);  // (N, o) or null
-  Buffer<typename E::Operand> packed(Panels<E>::size(d, o));
-  const auto w_t = pack_forward<E>(w, o, d, packed.get());
-
-  with_normed_input<Stream, Product>(p.x, rows, d, p.norm, [&](auto x, const auto& map) {
-    if (residual)
-      gemm(rows, d, x, w_t,
-           add_to_residual<Sum>(static_cast<Stream*>(p.out), o, b, residual, p.dropout), map);
-    else if (p.dropout.p > 0)
-      gemm(rows, d, x, w_t,
-           add_to_residual<Sum>(static_cast<Product*>(p.out), o, b, residual, p.dropout), map);
-    else
-      gemm(rows, d, x, w_t, store_to<Sum>(static_cast<Product*>(p.out), o, b), map);
-  });
+  const auto multiply = [&](const Epilogue<E>& epilogue) {
+    normed_product<E, Product>(p.x, rows, d, p.norm, w, o, epilogue);
+  };
+  if (residual)
+    multiply(add_to_residual<Sum>(static_cast<Stream*>(p.out), o, b, residual, p.dropout));
+  else if (p.dropout.p > 0)
+    multiply(add_to_residual<Sum>(static_cast<Product*>(p.out), o, b, residual, p.dropout));
+  else
+    multiply(store_to<Sum>(static_cast<Product*>(p.out), o, b));
 }
 
 void linear_forward(const LinearForward& p) {

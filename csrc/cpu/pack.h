@@ -56,6 +56,10 @@ struct Panels {
     return std::min(kWidth, round_up<typename E::Sum>(columns - p * kWidth));
   }
   Operand* panel(int64_t p) const { return data + p * kWidth * steps; }
+  // Steps [k, k + count) of a panel.
+  const Operand* operator()(int64_t p, int64_t k, int64_t, Operand*) const {
+    return panel(p) + k * width(p);
+  }
 };
 
 // Steps [k, k + steps) of columns [n, n + columns) of x (depth, .), where n is contiguous, to out
@@ -115,30 +119,51 @@ void transpose_columns(Matrix<Storage> x, int64_t depth, int64_t k, int64_t step
     }
 }
 
-// Packs B (depth, columns), one of whose strides is 1, into `memory` of Panels<E>::size elements: a
-// task reads whole rows of memory, a run of steps or the columns of one panel.
+// Steps [k, k + steps) of panel p of B (depth, columns), one of whose strides is 1.
 template <class E, class Storage, class Map = Unchanged>
-__attribute__((noinline)) Panels<E> pack(Matrix<Storage> b, int64_t depth, int64_t columns,
-                                         typename E::Operand* memory, const Map& map = {}) {
+__attribute__((noinline)) void pack_panel(Matrix<Storage> b, int64_t depth, int64_t columns,
+                                          int64_t p, int64_t k, int64_t steps,
+                                          typename E::Operand* out, const Map& map = {}) {
+  const Panels<E> panels{nullptr, columns, 0};
+  const int64_t n = p * panels.kWidth, count = std::min(panels.kWidth, columns - n);
+  if (b.column == 1)
+    join_rows<E>(b, depth, k, steps, n, count, out, panels.width(p), map);
+  else
+    transpose_columns<E>(b, depth, k, steps, n, count, out, panels.width(p), map);
+}
+
+// Packs B into `memory` of Panels<E>::size elements: a task reads whole rows of memory, a run of
+// steps or the columns of one panel.
+template <class E, class Storage, class Map = Unchanged>
+Panels<E> pack(Matrix<Storage> b, int64_t depth, int64_t columns, typename E::Operand* memory,
+               const Map& map = {}) {
   constexpr int64_t kRun = 64;  // steps a task: some 100 us at GPT-2's width
   const Panels<E> panels{memory, columns, steps_of_depth<E>(depth)};
-  const auto columns_of = [&](int64_t p) {
-    return std::min(panels.kWidth, columns - p * panels.kWidth);
+  const auto block = [&](int64_t p, int64_t k, int64_t steps) {
+    pack_panel<E>(b, depth, columns, p, k, steps, panels.panel(p) + k * panels.width(p), map);
   };
   if (b.column == 1)
     parallel_for((panels.steps + kRun - 1) / kRun, 0, [&](int64_t run, std::byte*) {
       const int64_t k = run * kRun, steps = std::min(kRun, panels.steps - k);
-      for (int64_t p = 0; p < panels.count(); ++p)
-        join_rows<E>(b, depth, k, steps, p * panels.kWidth, columns_of(p),
-                     panels.panel(p) + k * panels.width(p), panels.width(p), map);
+      for (int64_t p = 0; p < panels.count(); ++p) block(p, k, steps);
     });
   else
-    parallel_for(panels.count(), 0, [&](int64_t p, std::byte*) {
-      transpose_columns<E>(b, depth, 0, panels.steps, p * panels.kWidth, columns_of(p),
-                           panels.panel(p), panels.width(p), map);
-    });
+    parallel_for(panels.count(), 0, [&](int64_t p, std::byte*) { block(p, 0, panels.steps); });
   return panels;
 }
+
+// B in memory, whose panels are packed a block of steps at a time, where they are multiplied.
+template <class E, class Storage>
+struct UnpackedPanels {
+  Matrix<Storage> b;
+  int64_t depth, columns, steps = steps_of_depth<E>(depth);
+
+  const typename E::Operand* operator()(int64_t p, int64_t k, int64_t count,
+                                        typename E::Operand* memory) const {
+    pack_panel<E>(b, depth, columns, p, k, count, memory);
+    return memory;
+  }
+};
 
 // Steps of a matrix whose rows are contiguous lie pages apart, where no hardware prefetcher
 // follows.

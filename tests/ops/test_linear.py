@@ -31,6 +31,7 @@ SIZES = [  # rows, d, o: smaller and larger than the kernels' tiles, and not the
     (17, 42, 126),
     (70, 130, 33),
     (129, 65, 257),
+    (20, 130, 1100),  # weights larger than x, in several panels and blocks of sums
 ]
 P = 0.3
 
