@@ -64,7 +64,8 @@ __device__ void load_matrices(uint32_t (&matrices)[4], const void* row) {
 
 // x rounded to tf32, the format in which tensor cores take float32: its upper 19 bits, a
 // significance of 11. To the nearest, ties away from zero, an error of 2^-11 at most: multiply_add
-// alone would cut the other 13 bits off, an error of up to 2^-10 that makes every sum too small.
+// alone would cut the other 13 bits off, an error of up to 2^-10 that always brings a number nearer
+// to zero.
 __device__ inline uint32_t to_tf32(float x) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
