@@ -190,7 +190,8 @@ template <class T, int kRowCount, int kRightRows, int kWidth>
 __device__ void add_product(float (&c)[kRightRows / 8][4],
                             const WarpTile<T, kRowCount, kWidth>& left, int row0,
                             const WarpTile<T, kRightRows, kWidth>& right) {
-#pragma unroll
+#pragma unroll 16  // all, but of float32's 256 columns: their loads, all ahead, would fill the
+                   // registers
   for (int k = 0; k < kWidth; k += kTerms<T>) {
     const Left a = load_left<false>(left, row0, k);
 #pragma unroll
