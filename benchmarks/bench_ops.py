@@ -2,8 +2,8 @@
 
 On CUDA also against each of SDPA's backends; eager's products are cuBLAS's there.
 
-    python benchmarks/bench_ops.py [--device cpu|cuda] [--ops OP...] [--rounds N] [--json FILE]
-                                   [--record]
+    python benchmarks/bench_ops.py [--device cpu|cuda] [--dtypes DTYPE...] [--ops OP...]
+                                   [--shape NAME] [--rounds N] [--json FILE] [--record]
 
 Each case is first checked: our error against float64 is held against eager PyTorch's. Then, round
 after round, all contestants are timed in turn, so that a change of the machine's mood meets all of
@@ -35,6 +35,13 @@ from torch import Tensor
 
 PEERS = ("eager", "SDPA", "compile")
 KEYS = ["op", "shape", "dtype", "direction"]
+DTYPES = {
+    "float32": torch.float32,
+    "tf32": torch.float32,  # on CUDA, where torch is told to allow it, for everybody
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+EPS = {name: torch.finfo(dtype).eps for name, dtype in DTYPES.items()} | {"tf32": 2**-10}
 
 
 def peers(device: str) -> tuple[str, ...]:
@@ -48,14 +55,14 @@ def results_of(call: Call, inputs: tuple[Tensor, ...], dout: Tensor) -> list[Ten
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
-def check(case: Case) -> None:
+def check(case: Case, eps: float) -> None:
     """Raises if our largest error against float64 is beyond twice eager's, plus a few roundings."""
     eager, ours, inputs = case.eager, case.calls[OURS], case.checked
     dout = torch.randn_like(eager(*inputs))
     exact = results_of(eager, tuple(x.double() for x in inputs), dout.double())
     theirs, mine = results_of(eager, inputs, dout), results_of(ours, inputs, dout)
     for i, (e, t, m) in enumerate(zip(exact, theirs, mine, strict=True)):
-        floor = 4 * torch.finfo(m.dtype).eps * e.abs().max().item()
+        floor = 4 * eps * e.abs().max().item()
         bound = 2 * (t - e).abs().max().item() + floor
         error = (m - e).abs().max().item()
         if not error <= bound:
@@ -93,10 +100,13 @@ def directions(case: Case, call: Call) -> dict[str, Callable[[], Any]]:
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for dtype in options.dtypes:
-        make = Maker(options.device, getattr(torch, dtype))
+        torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+        make = Maker(options.device, DTYPES[dtype])
         for case in (case for op in options.ops for case in CASES[op](make)):
+            if not case.shape.startswith(options.shape):
+                continue
             torch.compiler.reset()  # it gives up on a function after a few shapes
-            check(case)
+            check(case, EPS[dtype])
             timed = {name: directions(case, call) for name, call in runnable(case).items()}
             for direction in ("forward", "forward+backward"):
                 timers = {
@@ -126,8 +136,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times gpt_ext.ops against PyTorch.")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--ops", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--shape", default="", help="only shapes whose name begins with this")
     add_options(parser, rounds=11, budget=20)
     options = parser.parse_args()
 

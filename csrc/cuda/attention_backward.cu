@@ -7,7 +7,8 @@
 // First delta, a warp a row. Then dQ, a block a tile of queries, which walks the keys up to the
 // diagonal; and dK and dV, a block a tile of keys, which walks the queries down from the diagonal.
 // Both rebuild P and dS a tile at a time: on tensor cores for the 16-bit types, where short
-// sequences take one kernel in all, and by the kernels below for the others.
+// sequences take one kernel in all, and for float32 where tf32 is allowed; by the kernels below for
+// the others.
 #include "cuda/attention_gradient.cuh"
 #include "cuda/attention_tiny.cuh"
 
@@ -142,12 +143,15 @@ void attention_backward(Cuda backend, const AttentionBackward& p) {
     const int64_t rows = cuda::all_heads(p.problem) * p.problem.time;
     cuda::launch(backend, "attention_backward: delta", cuda::attention_delta_kernel<T>,
                  (rows + cuda::kWarps - 1) / cuda::kWarps, cuda::kThreads, 0, p);
-    if constexpr (sizeof(T) == 2) {
-      cuda::dispatch_padded_dim(p.problem.dim, [&](auto dim) {
-        cuda::launch_gradient<T, dim(), false>(backend, "attention_backward: dq", p);
-        cuda::launch_gradient<T, dim(), true>(backend, "attention_backward: dk, dv", p);
-      });
-    } else {
+    if constexpr (sizeof(T) <= 4) {
+      if (cuda::on_tensor_cores<T>(p.problem.allow_tf32)) {
+        return cuda::dispatch_padded_dim(p.problem.dim, [&](auto dim) {
+          cuda::launch_gradient<T, dim(), false>(backend, "attention_backward: dq", p);
+          cuda::launch_gradient<T, dim(), true>(backend, "attention_backward: dk, dv", p);
+        });
+      }
+    }
+    if constexpr (sizeof(T) >= 4) {
       const int64_t tiles = cuda::all_heads(p.problem) * cuda::time_tiles<Acc>(p.problem);
       constexpr size_t kShared = sizeof(cuda::TilePair<Acc>);
       cuda::dispatch_head_dim(p.problem.dim, [&](auto dim) {

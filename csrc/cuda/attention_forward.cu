@@ -1,11 +1,11 @@
 // Causal attention, forward: out = softmax(scale Q K^T) V and lse, for any head size and dtype.
 //
-// Two kernels of one method: one for float64 and float32, and FlashAttention-2's (Dao, 2023) on
-// tensor cores for the 16-bit types. A block computes one tile of queries of one head, walking the
-// tiles of keys from the first to the diagonal with the online softmax: it keeps, for each row, the
-// maximum m of the scores seen so far and the sums l = sum exp(s - m) and o = sum exp(s - m) v,
-// which it rescales whenever m grows. At the end out = o / l and lse = m + log l. Scores live in
-// registers, a tile at a time.
+// Two kernels of one method: a generic one, and FlashAttention-2's (Dao, 2023) on tensor cores for
+// the 16-bit types and, where tf32 is allowed, float32. A block computes one tile of queries of one
+// head, walking the tiles of keys from the first to the diagonal with the online softmax: it keeps,
+// for each row, the maximum m of the scores seen so far and the sums l = sum exp(s - m) and o = sum
+// exp(s - m) v, which it rescales whenever m grows. At the end out = o / l and lse = m + log l.
+// Scores live in registers, a tile at a time.
 #include "cuda/attention_tiles.cuh"
 
 namespace gpt_ext::cuda {
@@ -79,14 +79,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<kDim>)
   store_head<T>(p.out, problem, head, row0, out, inverse);
 }
 
+// A block owns 64 queries of a head, a warp 16 of them.
+constexpr int kForwardRows = 64;
+constexpr int kForwardThreads = kForwardRows / kWarpRows * kWarpSize;
+
 // Keys of a tile: as many as registers (S, a row of out) and shared memory have room for.
-template <int kDim>
-constexpr int kForwardKeys = kDim == 256 ? 32 : 64;
+template <class T, int kDim>
+constexpr int kForwardKeys = kRowBytes<T, kDim> < 512    ? 64
+                             : kRowBytes<T, kDim> == 512 ? 32
+                                                         : 16;
 
 template <class T, int kDim>
 struct ForwardTiles {
-  WarpTile<T, kHeadRows, kDim> q;
-  WarpTile<T, kForwardKeys<kDim>, kDim> k, v;
+  WarpTile<T, kForwardRows, kDim> q;
+  WarpTile<T, kForwardKeys<T, kDim>, kDim> k, v;
 };
 
 // One online-softmax step for the scores of a tile, in base 2: s becomes exp2(s - maximum), and
@@ -122,34 +128,34 @@ __device__ void softmax_step(float (&s)[kTiles][4], float (&maximum)[2], float (
 // The loads of V run behind S = Q K^T, those of the next K behind P V. What reads a tile is over
 // before the barrier ahead of the next copy into it.
 template <class T, int kDim>
-__global__ void __launch_bounds__(kHeadThreads, 2)
+__global__ void __launch_bounds__(kForwardThreads, 2)
     attention_forward_mma_kernel(const AttentionForward p) {
-  constexpr int kKeys = kForwardKeys<kDim>;
+  constexpr int kKeys = kForwardKeys<T, kDim>;
   auto& shared = shared_memory<ForwardTiles<T, kDim>>();
   const AttentionProblem& problem = p.problem;
   const int64_t heads = all_heads(problem), head = blockIdx.x % heads;
-  const int64_t row0 = (gridDim.x / heads - 1 - blockIdx.x / heads) * kHeadRows;
+  const int64_t row0 = (gridDim.x / heads - 1 - blockIdx.x / heads) * kForwardRows;
   const Matrix<T> q = head_matrix<T>(p.q, problem, head), k = head_matrix<T>(p.k, problem, head),
                   v = head_matrix<T>(p.v, problem, head);
   const int64_t warp_row0 = row0 + warp() * kWarpRows;
-  const int64_t keys = row0 + kHeadRows < problem.time ? row0 + kHeadRows : problem.time;
+  const int64_t keys = row0 + kForwardRows < problem.time ? row0 + kForwardRows : problem.time;
   const float scale = static_cast<float>(problem.scale) * kLog2E;
   const Dropout<float> dropout(problem);
 
   float out[kDim / 8][4] = {}, maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};
-  copy_tile<kHeadThreads>(shared.q, q, row0, 0);
-  copy_tile<kHeadThreads>(shared.k, k, 0, 0);
+  copy_tile<kForwardThreads>(shared.q, q, row0, 0);
+  copy_tile<kForwardThreads>(shared.k, k, 0, 0);
   commit_copies();
   for (int64_t key0 = 0; key0 < keys; key0 += kKeys) {
     wait_copies<0>();
     __syncthreads();  // k (and q) is whole, v free
-    copy_tile<kHeadThreads>(shared.v, v, key0, 0);
+    copy_tile<kForwardThreads>(shared.v, v, key0, 0);
     commit_copies();
     float s[kKeys / 8][4] = {};
     add_product<T>(s, shared.q, warp() * kWarpRows, shared.k);
     wait_copies<0>();
     __syncthreads();  // v is whole, k free
-    if (key0 + kKeys < keys) copy_tile<kHeadThreads>(shared.k, k, key0 + kKeys, 0);
+    if (key0 + kKeys < keys) copy_tile<kForwardThreads>(shared.k, k, key0 + kKeys, 0);
     commit_copies();
 
     const bool diagonal = key0 + kKeys > warp_row0 + 1;  // some score of the warp is ahead of it
@@ -207,13 +213,16 @@ void attention_forward(Cuda backend, const AttentionForward& p) {
   cuda::dispatch_dtype(p.problem.dtype, [&](auto element) {
     using T = typename decltype(element)::type;
     using Acc = cuda::Accumulator<T>;
-    if constexpr (sizeof(T) == 2) {
-      cuda::dispatch_padded_dim(p.problem.dim, [&](auto dim) {
-        cuda::launch(backend, "attention_forward", cuda::attention_forward_mma_kernel<T, dim()>,
-                     heads * cuda::head_tiles(p.problem), cuda::kHeadThreads,
-                     sizeof(cuda::ForwardTiles<T, dim()>), p);
-      });
-    } else {
+    if constexpr (sizeof(T) <= 4) {
+      if (cuda::on_tensor_cores<T>(p.problem.allow_tf32)) {
+        return cuda::dispatch_padded_dim(p.problem.dim, [&](auto dim) {
+          cuda::launch(backend, "attention_forward", cuda::attention_forward_mma_kernel<T, dim()>,
+                       cuda::head_tiles(p.problem, cuda::kForwardRows), cuda::kForwardThreads,
+                       sizeof(cuda::ForwardTiles<T, dim()>), p);
+        });
+      }
+    }
+    if constexpr (sizeof(T) >= 4) {
       cuda::dispatch_head_dim(p.problem.dim, [&](auto dim) {
         cuda::launch(backend, "attention_forward", cuda::attention_forward_kernel<T, dim()>,
                      heads * cuda::time_tiles<Acc>(p.problem), cuda::kThreads,

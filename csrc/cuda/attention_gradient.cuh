@@ -1,7 +1,8 @@
 // Attention's gradients on tensor cores: one kernel, for dQ and, the other way round, for dK and
 // dV.
 //
-// A block owns 64 rows of a head and streams the rows that meet them in the causal triangle:
+// A block owns rows of a head, a warp 16 of them, and streams the rows that meet them in the causal
+// triangle:
 //   dQ       owns queries: (Q, dO), streams keys (K, V) up to the diagonal
 //   dK, dV   owns keys: (K, V), streams queries (Q, dO) down from the diagonal
 // With (X, Y) what it owns and (U, W) what it streams, S = X U^T and dP = Y W^T in both, of rows
@@ -13,10 +14,14 @@
 
 namespace gpt_ext::cuda {
 
-template <int kDim, bool kOfKeys>
+template <class T, int kDim, bool kOfKeys>
 struct GradientShape {
-  // Rows of a streamed tile: what two stages of them leave room for in kMaxSharedBytes.
-  static constexpr int kStreamed = kDim == 256 ? 16 : 32;
+  // Rows that a block owns, rows of a streamed tile and stages of those: what there is room for in
+  // kMaxSharedBytes. float32 of head sizes above 128 leaves none for a second stage.
+  static constexpr bool kWide = kRowBytes<T, kDim> > 512;
+  static constexpr int kOwned = kWide ? 32 : 64, kStages = kWide ? 1 : 2;
+  static constexpr int kStreamed = kRowBytes<T, kDim> < 512 ? 32 : 16;
+  static constexpr int kThreads = kOwned / kWarpRows * kWarpSize;
   // Columns of the gradients that a block sums, so that two of them fit in registers; of head sizes
   // above 128, a block of keys takes the one half or the other.
   static constexpr int kColumns = kOfKeys && kDim == 256 ? 128 : kDim;
@@ -25,11 +30,11 @@ struct GradientShape {
 
 template <class T, int kDim, bool kOfKeys>
 struct GradientTiles {
-  static constexpr int kStreamed = GradientShape<kDim, kOfKeys>::kStreamed;
-  WarpTile<T, kHeadRows, kDim> x, y;
+  using Shape = GradientShape<T, kDim, kOfKeys>;
+  WarpTile<T, Shape::kOwned, kDim> x, y;
   struct {
-    WarpTile<T, kStreamed, kDim> u, w;
-  } stages[2];
+    WarpTile<T, Shape::kStreamed, kDim> u, w;
+  } stages[Shape::kStages];
 };
 
 // lse (in base 2) and delta of the queries of a 16 x 8 result: two rows, or two columns.
@@ -49,17 +54,17 @@ struct Statistics {
 };
 
 template <class T, int kDim, bool kOfKeys>
-__global__ void __launch_bounds__(kHeadThreads, kDim == 256 ? 1 : 2)
+__global__ void __launch_bounds__(GradientShape<T, kDim, kOfKeys>::kThreads, kDim == 256 ? 1 : 2)
     attention_gradient_mma_kernel(const AttentionBackward p) {
-  using Shape = GradientShape<kDim, kOfKeys>;
-  constexpr int kStreamed = Shape::kStreamed, kTiles = kStreamed / 8;
+  using Shape = GradientShape<T, kDim, kOfKeys>;
+  constexpr int kStreamed = Shape::kStreamed, kTiles = kStreamed / 8, kOwned = Shape::kOwned;
   auto& shared = shared_memory<GradientTiles<T, kDim, kOfKeys>>();
   const AttentionProblem& problem = p.problem;
   const int64_t heads = all_heads(problem), head = blockIdx.x / Shape::kParts % heads;
   const int64_t tile = blockIdx.x / Shape::kParts / heads;  // the longest walks first, in both
-  const int64_t own0 = (kOfKeys ? tile : gridDim.x / Shape::kParts / heads - 1 - tile) * kHeadRows;
+  const int64_t own0 = (kOfKeys ? tile : gridDim.x / Shape::kParts / heads - 1 - tile) * kOwned;
   const int64_t first = kOfKeys ? own0 : 0;
-  const int64_t end = kOfKeys || own0 + kHeadRows > problem.time ? problem.time : own0 + kHeadRows;
+  const int64_t end = kOfKeys || own0 + kOwned > problem.time ? problem.time : own0 + kOwned;
   const Matrix<T> x = head_matrix<T>(kOfKeys ? p.k : p.q, problem, head),
                   y = head_matrix<T>(kOfKeys ? p.v : p.dout, problem, head),
                   u = head_matrix<T>(kOfKeys ? p.q : p.k, problem, head),
@@ -75,22 +80,31 @@ __global__ void __launch_bounds__(kHeadThreads, kDim == 256 ? 1 : 2)
   float du[Shape::kColumns / 8][4] = {};                // sum of dS U: dQ or dK
   float dw[kOfKeys ? Shape::kColumns / 8 : 1][4] = {};  // sum of P W: dV
   const auto copy_stage = [&](int64_t at) {
-    auto& stage = shared.stages[at / kStreamed % 2];
-    copy_tile<kHeadThreads>(stage.u, u, at, 0);
-    copy_tile<kHeadThreads>(stage.w, w, at, 0);
+    auto& stage = shared.stages[at / kStreamed % Shape::kStages];
+    copy_tile<Shape::kThreads>(stage.u, u, at, 0);
+    copy_tile<Shape::kThreads>(stage.w, w, at, 0);
   };
-  copy_tile<kHeadThreads>(shared.x, x, own0, 0);
-  copy_tile<kHeadThreads>(shared.y, y, own0, 0);
-  copy_stage(first);
-  commit_copies();
+  copy_tile<Shape::kThreads>(shared.x, x, own0, 0);
+  copy_tile<Shape::kThreads>(shared.y, y, own0, 0);
+  if constexpr (Shape::kStages == 2) {
+    copy_stage(first);
+    commit_copies();
+  }
   for (int64_t at = first; at < end; at += kStreamed) {
+    if constexpr (Shape::kStages == 1) {
+      __syncthreads();  // the stage is free
+      copy_stage(at);
+      commit_copies();
+    }
     wait_copies<0>();
     __syncthreads();  // this stage is whole, the other one free
-    if (at + kStreamed < end) copy_stage(at + kStreamed);
-    commit_copies();
+    if constexpr (Shape::kStages == 2) {
+      if (at + kStreamed < end) copy_stage(at + kStreamed);
+      commit_copies();
+    }
     // All of it ahead of this warp's queries, or all of its keys ahead of it.
     if (kOfKeys ? at + kStreamed <= warp_own0 : at >= warp_own0 + kWarpRows) continue;
-    const auto& stage = shared.stages[at / kStreamed % 2];
+    const auto& stage = shared.stages[at / kStreamed % Shape::kStages];
 
     float s[kTiles][4] = {}, dp[kTiles][4] = {};
     add_product<T>(s, shared.x, own_row0, stage.u);
@@ -130,9 +144,10 @@ __global__ void __launch_bounds__(kHeadThreads, kDim == 256 ? 1 : 2)
 
 template <class T, int kDim, bool kOfKeys>
 void launch_gradient(Cuda backend, const char* name, const AttentionBackward& p) {
+  using Shape = GradientShape<T, kDim, kOfKeys>;
   launch(backend, name, attention_gradient_mma_kernel<T, kDim, kOfKeys>,
-         all_heads(p.problem) * head_tiles(p.problem) * GradientShape<kDim, kOfKeys>::kParts,
-         kHeadThreads, sizeof(GradientTiles<T, kDim, kOfKeys>), p);
+         head_tiles(p.problem, Shape::kOwned) * Shape::kParts, Shape::kThreads,
+         sizeof(GradientTiles<T, kDim, kOfKeys>), p);
 }
 
 }  // namespace gpt_ext::cuda

@@ -6,12 +6,13 @@
 
 namespace gpt_ext::cuda {
 
-// A block owns 64 rows of a head, a warp 16 of them.
-constexpr int kHeadRows = 64;
-constexpr int kHeadThreads = kHeadRows / kWarpRows * kWarpSize;
+// Bytes of a row of a tile.
+template <class T, int kDim>
+constexpr int kRowBytes = kDim * sizeof(T);
 
-inline int64_t head_tiles(const AttentionProblem& p) {
-  return (p.time + kHeadRows - 1) / kHeadRows;
+// Blocks in which all rows of all heads are owned, `rows` each.
+inline int64_t head_tiles(const AttentionProblem& p, int rows) {
+  return all_heads(p) * ((p.time + rows - 1) / rows);
 }
 
 // The widths that head sizes are padded to, in shared memory only: 42 to 48, GPT-2's 64 to itself.

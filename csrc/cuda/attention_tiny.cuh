@@ -1,4 +1,5 @@
 // The gradients of short sequences on tensor cores: T <= 128, D <= 64, a block a head, one kernel.
+// For the 16-bit types: in float32, a head and its P are more than kMaxSharedBytes.
 //
 // All of a head is in shared memory. A warp takes 16 queries and makes S and dP of all their keys
 // in registers: so it has whole rows of P and dP, and delta = rowsum(P dP) without `out`. It sums
@@ -132,8 +133,8 @@ __global__ void __launch_bounds__(kTinyThreads, 1)
         s[n][i] = is_kept ? s[n][i] : 0;
       }
     }
-    dropped[block] = to_left<T>(s[2 * block], s[2 * block + 1]);
-    ds[block] = to_left<T>(dp[2 * block], dp[2 * block + 1]);
+    dropped[block] = to_left<T>(&s[2 * block]);
+    ds[block] = to_left<T>(&dp[2 * block]);
   }
 
   const float score_scale = static_cast<float>(problem.scale);

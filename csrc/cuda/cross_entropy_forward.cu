@@ -124,8 +124,8 @@ void cross_entropy_forward(Cuda backend, const CrossEntropyForward& p) {
     const cuda::StoreLinear<Product, Stream> epilogue{parts.logits, static_cast<const Stream*>(p.b),
                                                       nullptr, vocabulary,
                                                       cuda::DropoutFactors({})};
-    cuda::gemm<cuda::Layout::kNT>(backend, "cross_entropy_forward: logits", x, w, rows, vocabulary,
-                                  d, epilogue);
+    cuda::gemm<cuda::Layout::kNT>(backend, "cross_entropy_forward: logits", precision.allow_tf32, x,
+                                  w, rows, vocabulary, d, epilogue);
     constexpr size_t kShared = cuda::kLossWarps * sizeof(Acc);
     cuda::launch(backend, "cross_entropy_forward: count", cuda::count_kernel<Acc>, 1,
                  cuda::kLossThreads, kShared, parts.count, p.targets, rows, p.ignore_index);

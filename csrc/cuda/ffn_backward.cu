@@ -4,8 +4,7 @@
 //   dW1 = dz^T y,   db1 = sums of dz's columns
 //   dW2 = g^T act(z),   db2 = sums of g's columns
 //   dy  = dz W1     from which the norm's backward makes dx, the residual's dout included
-// act(z) is, for the 16-bit types, a pass of its own before dW2; for the others it is fused into
-// the load of dW2's operand.
+// act(z) is a pass of its own before dW2.
 #include "cuda/activation.cuh"
 #include "cuda/linear.cuh"
 
@@ -27,20 +26,11 @@ struct StoreDerivative {  // dz = C act'(z)
   }
 };
 
-// Makes act(z) of z, or of act(z) where that is what was saved: relu(relu(z)) = relu(z).
-struct Activate {
-  Activation activation;
-  template <class Acc>
-  __device__ Acc operator()(Acc saved) const {
-    return activate(activation, saved);
-  }
-};
-
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     activate_kernel(T* out, const T* z, int64_t size, Activation activation) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i < size) out[i] = static_cast<T>(activate(activation, static_cast<float>(z[i])));
+  if (i < size) out[i] = static_cast<T>(activate(activation, static_cast<Accumulator<T>>(z[i])));
 }
 
 template <class Stream, class Product>
@@ -64,8 +54,10 @@ struct FfnBackwardParts {
         w1(p.w1, problem.hidden_dim, problem.model_dim, workspace),
         w2(p.w2, problem.model_dim, problem.hidden_dim, workspace),
         of_input(p, problem.rows, problem.model_dim, workspace),
-        of_first(p.dw1, p.db1, problem.rows, problem.hidden_dim, problem.model_dim, workspace),
-        of_second(p.dw2, p.db2, problem.rows, problem.model_dim, problem.hidden_dim, workspace) {}
+        of_first(p.dw1, p.db1, problem.rows, problem.hidden_dim, problem.model_dim,
+                 problem.precision.allow_tf32, workspace),
+        of_second(p.dw2, p.db2, problem.rows, problem.model_dim, problem.hidden_dim,
+                  problem.precision.allow_tf32, workspace) {}
 };
 
 // The gradient before dropout, as the products read it.
@@ -78,26 +70,20 @@ Matrix<Product> before_dropout(Cuda backend, const FfnBackward& p, Product* g) {
   return {g, d, rows, d};
 }
 
-// dW2 and db2. For the 16-bit types the memory of dz, not yet made, holds act(z) for a while.
+// dW2 and db2. The memory of dz, not yet made, holds act(z) for a while.
 template <class Stream, class Product>
 void second_weights(Cuda backend, const FfnBackward& p, const Matrix<Product>& g,
                     const WeightGradients<Product, Stream>& gradients) {
   const auto [precision, activation, rows, d, h] = p.problem;
   const Product* saved = static_cast<const Product*>(p.saved);
-  if constexpr (sizeof(Product) == 2) {
-    const bool made = activation != Activation::kRelu && p.dw2 != nullptr;
-    Product* hidden = static_cast<Product*>(p.dz);
-    if (made) {
-      launch(backend, "ffn_backward: act(z)", activate_kernel<Product>,
-             (rows * h + kThreads - 1) / kThreads, kThreads, 0, hidden, saved, rows * h,
-             activation);
-    }
-    gradients.compute(backend, "ffn_backward: dw2, db2", g,
-                      Matrix<Product>{made ? hidden : saved, h, rows, h});
-  } else {
-    gradients.compute(backend, "ffn_backward: dw2, db2", g,
-                      Matrix<Product, Activate>{saved, h, rows, h, {activation}});
+  const bool made = activation != Activation::kRelu && p.dw2 != nullptr;
+  Product* hidden = static_cast<Product*>(p.dz);
+  if (made) {
+    launch(backend, "ffn_backward: act(z)", activate_kernel<Product>,
+           (rows * h + kThreads - 1) / kThreads, kThreads, 0, hidden, saved, rows * h, activation);
   }
+  gradients.compute(backend, "ffn_backward: dw2, db2", g,
+                    Matrix<Product>{made ? hidden : saved, h, rows, h});
 }
 
 }  // namespace gpt_ext::cuda
@@ -121,7 +107,7 @@ void ffn_backward(Cuda backend, const FfnBackward& p) {
     const cuda::Matrix<Product> dz{static_cast<const Product*>(p.dz), h, rows, h};
     const cuda::StoreDerivative<Product> to_dz{static_cast<Product*>(p.dz),
                                                static_cast<const Product*>(p.saved), h, activation};
-    cuda::gemm<cuda::Layout::kNN>(backend, "ffn_backward: dz", g,
+    cuda::gemm<cuda::Layout::kNN>(backend, "ffn_backward: dz", precision.allow_tf32, g,
                                   parts.w2.matrix(backend, "ffn_backward: w2"), rows, h, d, to_dz);
     if (parts.of_input.wanted()) {
       const auto* skip =  // around the norm

@@ -58,11 +58,12 @@ void ffn_forward(Cuda backend, const FfnForward& p) {
     const cuda::StoreActivated<Product, Stream> to_hidden{
         static_cast<Product*>(p.hidden), static_cast<Product*>(p.saved),
         static_cast<const Stream*>(p.b1), h, activation};
-    cuda::gemm<cuda::Layout::kNT>(backend, "ffn_forward: hidden", x, w1, rows, h, d, to_hidden);
+    cuda::gemm<cuda::Layout::kNT>(backend, "ffn_forward: hidden", precision.allow_tf32, x, w1, rows,
+                                  h, d, to_hidden);
     const auto second = [&](auto* out, const Stream* residual) {
       using Out = std::remove_pointer_t<decltype(out)>;
       cuda::gemm<cuda::Layout::kNT>(
-          backend, "ffn_forward: out", hidden, w2, rows, d, h,
+          backend, "ffn_forward: out", precision.allow_tf32, hidden, w2, rows, d, h,
           cuda::StoreLinear<Out, Stream>{out, b2, residual, d, cuda::DropoutFactors(p.dropout)});
     };
     if (p.norm.weight == nullptr) return second(static_cast<Product*>(p.out), nullptr);

@@ -1,4 +1,5 @@
 // C = op(A) op(B) for matrices in global memory, C handed to an epilogue in runs of neighbours.
+// The generic kernel, for float64, and for float32 where its products are not to be rounded.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -37,8 +38,8 @@ struct Split {
 };
 
 // Takes the rows of part number `part` of an operand that has a row a term.
-template <class T, class Transform>
-__device__ void take_part(Matrix<T, Transform>& matrix, const Split& split, int64_t part) {
+template <class T>
+__device__ void take_part(Matrix<T>& matrix, const Split& split, int64_t part) {
   const int64_t first = part * split.terms, left = matrix.rows - first;
   matrix.data += first * matrix.stride;
   matrix.rows = left < split.terms ? left : split.terms;
@@ -48,10 +49,11 @@ __device__ void take_part(Matrix<T, Transform>& matrix, const Split& split, int6
 constexpr int kGemmBlocks = 3;
 
 // A block a tile of C. epilogue(row, column, run) stores what it makes of the run.
-template <Layout kLayout, class Acc, class A, class B, class Epilogue>
+template <Layout kLayout, class T, class Epilogue>
 __global__ void __launch_bounds__(kThreads, kGemmBlocks)
-    gemm_kernel(A a, B b, int64_t rows, int64_t columns, int64_t depth, const Split split,
-                const Epilogue epilogue) {
+    gemm_kernel(Matrix<T> a, Matrix<T> b, int64_t rows, int64_t columns, int64_t depth,
+                const Split split, const Epilogue epilogue) {
+  using Acc = typename Epilogue::Acc;
   const int64_t across = (columns + kTile<Acc> - 1) / kTile<Acc>;
   const int64_t down = (rows + kTile<Acc> - 1) / kTile<Acc>;
   const int64_t part = blockIdx.x / (across * down);
@@ -77,14 +79,15 @@ __global__ void __launch_bounds__(kThreads, kGemmBlocks)
 }
 
 // C is rows x columns, its sums over `depth` terms; for depth 0 it is zero.
-template <Layout kLayout, class A, class B, class Epilogue>
-void gemm(Cuda backend, const char* name, const A& a, const B& b, int64_t rows, int64_t columns,
-          int64_t depth, const Epilogue& epilogue, const Split* split = nullptr) {
+template <Layout kLayout, class T, class Epilogue>
+void gemm_generic(Cuda backend, const char* name, const Matrix<T>& a, const Matrix<T>& b,
+                  int64_t rows, int64_t columns, int64_t depth, const Epilogue& epilogue,
+                  const Split* split) {
   using Acc = typename Epilogue::Acc;
   constexpr int64_t kSide = kTile<Acc>;
   const int64_t tiles = (rows + kSide - 1) / kSide * ((columns + kSide - 1) / kSide);
   const Split parts = split != nullptr ? *split : Split{1, depth};
-  launch(backend, name, gemm_kernel<kLayout, Acc, A, B, Epilogue>, tiles * parts.count, kThreads,
+  launch(backend, name, gemm_kernel<kLayout, T, Epilogue>, tiles * parts.count, kThreads,
          sizeof(TilePair<Acc>), a, b, rows, columns, depth, parts, epilogue);
 }
 

@@ -1,8 +1,8 @@
-// C = op(A) op(B) of 16-bit elements on tensor cores, C handed to an epilogue in runs of
-// neighbours.
+// C = op(A) op(B) on tensor cores, of 16-bit elements and of float32 as tf32, C handed to an
+// epilogue in runs of neighbours.
 //
-// A block computes a tile of C in steps of 32 terms of the sums, whose operands are copied into a
-// ring of stages while the steps before are multiplied. Edges are filled with zeros in shared
+// A block computes a tile of C in steps of a few terms of the sums, whose operands are copied into
+// a ring of stages while the steps before are multiplied. Edges are filled with zeros in shared
 // memory: sides of 252 and 1008 need no padding elsewhere.
 #pragma once
 
@@ -13,7 +13,7 @@ namespace gpt_ext::cuda {
 
 // The weights' gradients (kTN) are small matrices of long sums: smaller tiles, so that there are
 // more blocks.
-template <Layout kLayout>
+template <class T, Layout kLayout>
 struct GemmShape {
   static constexpr bool kSmall = kLayout == Layout::kTN;
   static constexpr int kRows = kSmall ? 64 : 128, kColumns = kRows;  // of a block
@@ -21,7 +21,7 @@ struct GemmShape {
   static constexpr int kWarpsAcross = kColumns / kWarpTileColumns;
   static constexpr int kThreads = kRows / kWarpTileRows * kWarpsAcross * kWarpSize;
   // Terms of a step: rows of operands that lie along k are 64 bytes then, two sectors.
-  static constexpr int kDepth = 32;
+  static constexpr int kDepth = 64 / sizeof(T);
   // Of a block 61 KB: two fit in a multiprocessor of sm_80, and one in one of sm_86.
   static constexpr int kStages = 3;
   static constexpr int kBlocks = kSmall ? 4 : 2;  // that registers must have room for
@@ -29,15 +29,17 @@ struct GemmShape {
 
 template <class T, Layout kLayout>
 struct GemmTiles {
-  using Shape = GemmShape<kLayout>;
+  using Shape = GemmShape<T, kLayout>;
   static constexpr bool kTransposeA = kLayout == Layout::kTN, kTransposeB = kLayout == Layout::kNT;
+  // An operand's `sides` rows or columns, along k or, a row a term, across it. float32 is loaded
+  // from the latter one by one, of four rows eight neighbours: 8 banks apart, they are in all 32.
+  template <int kSide, bool kAcross>
+  using Operand =
+      std::conditional_t<kAcross, WarpTile<T, Shape::kDepth, kSide, sizeof(T) == 4 ? 8 : kRun<T>>,
+                         WarpTile<T, kSide, Shape::kDepth>>;
   struct Stage {
-    WarpTile<T, kTransposeA ? Shape::kDepth : Shape::kRows,
-             kTransposeA ? Shape::kRows : Shape::kDepth>
-        a;
-    WarpTile<T, kTransposeB ? Shape::kColumns : Shape::kDepth,
-             kTransposeB ? Shape::kDepth : Shape::kColumns>
-        b;
+    Operand<Shape::kRows, kTransposeA> a;
+    Operand<Shape::kColumns, !kTransposeB> b;
   };
   union {
     Stage stages[Shape::kStages];
@@ -52,15 +54,17 @@ __host__ __device__ int64_t column_tiles(int64_t columns, bool with_sums) {
 }
 
 // epilogue(row, column, run) stores what it makes of the run. row_sums, if not null, gets the sums
-// of op(A)'s rows, which are op(A) times a column of ones: one more product of what is there.
+// of op(A)'s rows, which are op(A) times a column of ones: one more product of what is there. Not
+// of float32, which a product rounds and a sum does not.
 template <class T, Layout kLayout, class Epilogue, class Sums>
-__global__ void __launch_bounds__(GemmShape<kLayout>::kThreads, GemmShape<kLayout>::kBlocks)
+__global__ void __launch_bounds__(GemmShape<T, kLayout>::kThreads, GemmShape<T, kLayout>::kBlocks)
     gemm_mma_kernel(Matrix<T> a, Matrix<T> b, int64_t rows, int64_t columns, int64_t depth,
                     const Split split, const Epilogue epilogue, Sums* row_sums) {
-  using Shape = GemmShape<kLayout>;
+  using Shape = GemmShape<T, kLayout>;
   using Tiles = GemmTiles<T, kLayout>;
   constexpr int kM = Shape::kWarpTileRows / 16, kN = Shape::kWarpTileColumns / 8;
   constexpr int kStages = Shape::kStages, kDepth = Shape::kDepth;
+  constexpr bool kHasSums = kLayout == Layout::kTN && sizeof(T) == 2;
   auto& shared = shared_memory<Tiles>();
   const int64_t across = column_tiles<Shape>(columns, row_sums != nullptr);
   const int64_t down = (rows + Shape::kRows - 1) / Shape::kRows;
@@ -69,8 +73,7 @@ __global__ void __launch_bounds__(GemmShape<kLayout>::kThreads, GemmShape<kLayou
   const int64_t column0 = blockIdx.x % across * Shape::kColumns;
   const int warp_row0 = warp() / Shape::kWarpsAcross * Shape::kWarpTileRows;
   const int warp_column0 = warp() % Shape::kWarpsAcross * Shape::kWarpTileColumns;
-  const bool with_sums =
-      kLayout == Layout::kTN && row_sums != nullptr && column0 + warp_column0 == 0;
+  const bool with_sums = kHasSums && row_sums != nullptr && column0 + warp_column0 == 0;
   if constexpr (kLayout == Layout::kTN) {
     take_part(a, split, part);
     take_part(b, split, part);
@@ -84,7 +87,6 @@ __global__ void __launch_bounds__(GemmShape<kLayout>::kThreads, GemmShape<kLayou
     copy_tile<Shape::kThreads>(stage.b, b, Tiles::kTransposeB ? column0 : k,
                                Tiles::kTransposeB ? k : column0);
   };
-  const uint32_t one = pack(1, 1, std::type_identity<T>{}), ones[2] = {one, one};
   float c[kM][kN][4] = {}, sums[kM][4] = {};
 #pragma unroll
   for (int ahead = 0; ahead < kStages - 1; ++ahead) {
@@ -98,7 +100,7 @@ __global__ void __launch_bounds__(GemmShape<kLayout>::kThreads, GemmShape<kLayou
     commit_copies();
     const auto& stage = shared.stages[k / kDepth % kStages];
 #pragma unroll
-    for (int term = 0; term < kDepth; term += 16) {
+    for (int term = 0; term < kDepth; term += kTerms<T>) {
       Left left[kM];
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
@@ -113,7 +115,9 @@ __global__ void __launch_bounds__(GemmShape<kLayout>::kThreads, GemmShape<kLayou
           multiply_add<T>(c[m][n + 1], left[m].at, right.at[1]);
         }
       }
-      if (with_sums) {
+      if constexpr (kHasSums) {
+        if (!with_sums) continue;
+        const uint32_t one = pack(1, 1, std::type_identity<T>{}), ones[2] = {one, one};
 #pragma unroll
         for (int m = 0; m < kM; ++m) multiply_add<T>(sums[m], left[m].at, ones);
       }
@@ -136,7 +140,7 @@ __global__ void __launch_bounds__(GemmShape<kLayout>::kThreads, GemmShape<kLayou
                  Run<float>{{four[0], four[1], four[2], four[3]}, count});
       });
     }
-    if constexpr (kLayout == Layout::kTN) {
+    if constexpr (kHasSums) {
       if (!with_sums || lane() % 4 != 0) continue;
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {  // every column holds the sum
@@ -147,19 +151,32 @@ __global__ void __launch_bounds__(GemmShape<kLayout>::kThreads, GemmShape<kLayou
   }
 }
 
-// The gemm of gemm.cuh for these elements. With row_sums, `columns` may be 0: then they are all.
+// With row_sums, `columns` may be 0: then they are all.
 template <Layout kLayout, class T, class Epilogue, class Sums = T>
-  requires(sizeof(T) == 2)
-void gemm(Cuda backend, const char* name, const Matrix<T>& a, const Matrix<T>& b, int64_t rows,
-          int64_t columns, int64_t depth, const Epilogue& epilogue, const Split* split = nullptr,
-          Sums* row_sums = nullptr) {
-  using Shape = GemmShape<kLayout>;
+void gemm_mma(Cuda backend, const char* name, const Matrix<T>& a, const Matrix<T>& b, int64_t rows,
+              int64_t columns, int64_t depth, const Epilogue& epilogue, const Split* split,
+              Sums* row_sums = nullptr) {
+  using Shape = GemmShape<T, kLayout>;
   const int64_t tiles =
       (rows + Shape::kRows - 1) / Shape::kRows * column_tiles<Shape>(columns, row_sums != nullptr);
   const Split parts = split != nullptr ? *split : Split{1, depth};
   launch(backend, name, gemm_mma_kernel<T, kLayout, Epilogue, Sums>, tiles * parts.count,
          Shape::kThreads, sizeof(GemmTiles<T, kLayout>), a, b, rows, columns, depth, parts,
          epilogue, row_sums);
+}
+
+// By the kernel that the elements ask for.
+template <Layout kLayout, class T, class Epilogue>
+void gemm(Cuda backend, const char* name, bool allow_tf32, const Matrix<T>& a, const Matrix<T>& b,
+          int64_t rows, int64_t columns, int64_t depth, const Epilogue& epilogue,
+          const Split* split = nullptr) {
+  if constexpr (sizeof(T) <= 4) {
+    if (on_tensor_cores<T>(allow_tf32))
+      return gemm_mma<kLayout>(backend, name, a, b, rows, columns, depth, epilogue, split);
+  }
+  if constexpr (sizeof(T) >= 4) {
+    gemm_generic<kLayout>(backend, name, a, b, rows, columns, depth, epilogue, split);
+  }
 }
 
 }  // namespace gpt_ext::cuda

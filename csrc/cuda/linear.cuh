@@ -180,25 +180,28 @@ class WeightGradients {
  public:
   using Acc = Accumulator<Stream>;
 
-  WeightGradients(void* dw, void* db, int64_t rows, int64_t o, int64_t d, Workspace& workspace)
+  WeightGradients(void* dw, void* db, int64_t rows, int64_t o, int64_t d, bool allow_tf32,
+                  Workspace& workspace)
       : dw_(static_cast<Stream*>(dw)),
         db_(static_cast<Stream*>(db)),
+        allow_tf32_(allow_tf32),
         o_(o),
         d_(d),
         split_(split_sums(o, d, rows)),
         dw_parts_(workspace.take<Acc>(split_.count * o * d, dw != nullptr && split_.count > 1)),
         db_parts_(workspace.take<Acc>(db_sums(rows), db != nullptr)) {}
 
-  void compute(Cuda backend, const char* name, const Matrix<Product>& g, const auto& y) const {
+  void compute(Cuda backend, const char* name, const Matrix<Product>& g,
+               const Matrix<Product>& y) const {
     if (dw_ == nullptr && db_ == nullptr) return;
     if constexpr (sizeof(Product) == 2) {
       const int64_t columns = dw_ == nullptr ? 0 : d_;
       if (split_.count == 1) {
-        return gemm<Layout::kTN>(backend, name, g, y, o_, columns, y.rows, Store<Stream>{dw_, d_},
-                                 &split_, db_);
+        return gemm_mma<Layout::kTN>(backend, name, g, y, o_, columns, y.rows,
+                                     Store<Stream>{dw_, d_}, &split_, db_);
       }
-      gemm<Layout::kTN>(backend, name, g, y, o_, columns, y.rows, Store<Acc>{dw_parts_, d_},
-                        &split_, db_parts_);
+      gemm_mma<Layout::kTN>(backend, name, g, y, o_, columns, y.rows, Store<Acc>{dw_parts_, d_},
+                            &split_, db_parts_);
       if (db_ != nullptr) add_parts(backend, name, db_, db_parts_, o_);
     } else {
       if (db_ != nullptr) {
@@ -207,7 +210,8 @@ class WeightGradients {
       }
       if (dw_ == nullptr) return;
       Acc* to = split_.count == 1 ? dw_ : dw_parts_;
-      gemm<Layout::kTN>(backend, name, g, y, o_, d_, y.rows, Store<Acc>{to, d_}, &split_);
+      gemm<Layout::kTN>(backend, name, allow_tf32_, g, y, o_, d_, y.rows, Store<Acc>{to, d_},
+                        &split_);
     }
     if (dw_ != nullptr && split_.count > 1) add_parts(backend, name, dw_, dw_parts_, o_ * d_);
   }
@@ -224,6 +228,7 @@ class WeightGradients {
   }
 
   Stream *dw_, *db_;
+  bool allow_tf32_;
   int64_t o_, d_;
   Split split_;
   Acc *dw_parts_, *db_parts_;
@@ -249,12 +254,13 @@ class InputGradients {
   // `skip` is added to dx, unless it is null; with a norm.
   void compute(Cuda backend, const char* name, const Matrix<Product>& g, const Matrix<Product>& w,
                const Stream* skip) const {
+    const bool allow_tf32 = p_.problem.precision.allow_tf32;
     if (!through_norm()) {
-      return gemm<Layout::kNN>(backend, name, g, w, rows_, d_, g.columns,
+      return gemm<Layout::kNN>(backend, name, allow_tf32, g, w, rows_, d_, g.columns,
                                Store<Product>{static_cast<Product*>(p_.dx), d_});
     }
     Stream* dy = p_.dx != nullptr ? static_cast<Stream*>(p_.dx) : dy_;
-    gemm<Layout::kNN>(backend, name, g, w, rows_, d_, g.columns, Store<Stream>{dy, d_});
+    gemm<Layout::kNN>(backend, name, allow_tf32, g, w, rows_, d_, g.columns, Store<Stream>{dy, d_});
     norm_backward(backend, name, dy, p_.dx != nullptr, static_cast<Stream*>(p_.dnorm_weight),
                   static_cast<Stream*>(p_.dnorm_bias), static_cast<const Stream*>(p_.x), skip,
                   p_.norm, rows_, d_, sums_);

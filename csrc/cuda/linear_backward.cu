@@ -21,7 +21,8 @@ struct LinearBackwardParts {
         rows(p.x, p.norm, p.problem.rows, p.problem.in_dim, workspace),
         w(p.w, p.problem.out_dim, p.problem.in_dim, workspace),
         of_input(p, p.problem.rows, p.problem.in_dim, workspace),
-        of_weight(p.dw, p.db, p.problem.rows, p.problem.out_dim, p.problem.in_dim, workspace) {}
+        of_weight(p.dw, p.db, p.problem.rows, p.problem.out_dim, p.problem.in_dim,
+                  p.problem.precision.allow_tf32, workspace) {}
 };
 
 // The gradient before dropout, as the products read it.

@@ -35,7 +35,7 @@ void linear_forward(Cuda backend, const LinearForward& p) {
     const auto run = [&](auto* out) {
       using Out = std::remove_pointer_t<decltype(out)>;
       cuda::gemm<cuda::Layout::kNT>(
-          backend, "linear_forward: out", x, w, rows, o, d,
+          backend, "linear_forward: out", precision.allow_tf32, x, w, rows, o, d,
           cuda::StoreLinear<Out, Stream>{out, static_cast<const Stream*>(p.b),
                                          static_cast<const Stream*>(p.residual), o,
                                          cuda::DropoutFactors(p.dropout)});

@@ -60,27 +60,17 @@ __device__ Acc row_sum(Acc value) {
   return value;
 }
 
-struct Identity {
-  template <class Acc>
-  __device__ Acc operator()(Acc value) const {
-    return value;
-  }
-};
-
-// An operand in global memory, rows x columns elements, its rows `stride` apart, and a function of
-// its elements to be applied on the way to shared memory.
-template <class T, class Transform = Identity>
+// An operand in global memory, rows x columns elements, its rows `stride` apart.
+template <class T>
 struct Matrix {
   const T* data;
   int64_t stride, rows, columns;
-  Transform transform = {};
 };
 
-// tile = transform(matrix[row0 .., column0 ..]), zero beyond the matrix. Neighbouring threads read
+// tile = matrix[row0 .., column0 ..], zero beyond the matrix. Neighbouring threads read
 // neighbouring columns, each thread one column: few addresses and comparisons to keep in registers.
-template <class Acc, class T, class Transform>
-__device__ void load(Tile<Acc>& tile, const Matrix<T, Transform>& matrix, int64_t row0,
-                     int64_t column0) {
+template <class Acc, class T>
+__device__ void load(Tile<Acc>& tile, const Matrix<T>& matrix, int64_t row0, int64_t column0) {
   constexpr int kSide = kTile<Acc>;
   const int column = threadIdx.x % kSide;
   const bool in_columns = column0 + column < matrix.columns;
@@ -90,8 +80,7 @@ __device__ void load(Tile<Acc>& tile, const Matrix<T, Transform>& matrix, int64_
 #pragma unroll 4
   for (int row = threadIdx.x / kSide; row < kSide; row += kThreads / kSide) {
     const bool inside = in_columns && row < rows;
-    tile.at[row][column] =
-        inside ? matrix.transform(static_cast<Acc>(data[row * matrix.stride])) : Acc{0};
+    tile.at[row][column] = inside ? static_cast<Acc>(data[row * matrix.stride]) : Acc{0};
   }
 }
 
@@ -127,9 +116,9 @@ __device__ void multiply(Fragment<Acc>& c, const Tile<Acc>& a, const Tile<Acc>& 
 }
 
 // The tile at (row0, column0) of op(A) op(B), both in global memory; sums of `depth` terms.
-template <bool kTransposeA, bool kTransposeB, class Acc, class A, class B>
-__device__ Fragment<Acc> product(TilePair<Acc>& shared, const A& a, int64_t row0, const B& b,
-                                 int64_t column0, int64_t depth) {
+template <bool kTransposeA, bool kTransposeB, class Acc, class T>
+__device__ Fragment<Acc> product(TilePair<Acc>& shared, const Matrix<T>& a, int64_t row0,
+                                 const Matrix<T>& b, int64_t column0, int64_t depth) {
   Fragment<Acc> c;
   for (int64_t k = 0; k < depth; k += kTile<Acc>) {
     load(shared.a, a, kTransposeA ? k : row0, kTransposeA ? row0 : k);
@@ -145,9 +134,9 @@ __device__ Fragment<Acc> product(TilePair<Acc>& shared, const A& a, int64_t row0
 
 // c += op(left) B[row0 .., :], with `left` a tile in registers and c as wide as B's columns: one
 // fragment for each kTile of them, c's unused ones beyond B's last column left alone.
-template <bool kTransposeLeft, int kChunks, class Acc, class B>
+template <bool kTransposeLeft, int kChunks, class Acc, class T>
 __device__ void accumulate(Fragment<Acc> (&c)[kChunks], TilePair<Acc>& shared,
-                           const Fragment<Acc>& left, const B& b, int64_t row0) {
+                           const Fragment<Acc>& left, const Matrix<T>& b, int64_t row0) {
   store(shared.a, left);
 #pragma unroll
   for (int chunk = 0; chunk < kChunks; ++chunk) {

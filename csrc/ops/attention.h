@@ -18,6 +18,7 @@ struct AttentionProblem {
   double scale;                     // of the scores, 1/sqrt(D) as a rule
   double dropout_p;                 // in [0, 1]: probability with which each P_ij is dropped
   const int64_t* dropout_seed;      // one number on the backend's device; null if dropout_p == 0
+  bool allow_tf32 = false;          // as Precision's in ops/linear.h
 };
 
 struct AttentionForward {

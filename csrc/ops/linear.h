@@ -17,6 +17,9 @@ namespace gpt_ext {
 struct Precision {
   DType stream;   // of parameters and of what a norm reads, and of what is added to a residual
   DType product;  // of every other activation
+  // Of float32 on CUDA: whether what products read may be rounded to tf32, 11 bits of significance,
+  // for tensor cores; sums are float32 still. CPUs ignore it.
+  bool allow_tf32 = false;
 };
 
 // y = (x - mean) rstd weight + bias over the last dim, rstd = 1 / sqrt(variance + eps)

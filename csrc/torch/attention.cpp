@@ -28,7 +28,8 @@ void check_heads(const Tensor& tensor, const char* name, const Tensor& q) {
 
 template <class Backend>
 AttentionProblem checked_problem(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
-                                 double dropout_p, const OptionalTensor& dropout_seed) {
+                                 double dropout_p, const OptionalTensor& dropout_seed,
+                                 bool allow_tf32) {
   const DType dtype = dtype_of<Backend>(q, "q");
   check_rank(q, "q", 4, "(B, T, H, D)");
   check(1 <= q.size(3) && q.size(3) <= kMaxHeadDim, "q has head size ", q.size(3),
@@ -38,15 +39,17 @@ AttentionProblem checked_problem(const Tensor& q, const Tensor& k, const Tensor&
   check_heads(v, "v", q);
 
   const int64_t* seed = checked_dropout_seed(dropout_p, dropout_seed, q);
-  return {dtype, q.size(0), q.size(1), q.size(2), q.size(3), scale, dropout_p, seed};
+  return {dtype, q.size(0), q.size(1), q.size(2), q.size(3), scale, dropout_p, seed, allow_tf32};
 }
 
 Shape statistics_shape(const AttentionProblem& p) { return {p.batch, p.heads, p.time}; }
 
 template <class Backend>
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
-                                   double dropout_p, const OptionalTensor& dropout_seed) {
-  const auto problem = checked_problem<Backend>(q, k, v, scale, dropout_p, dropout_seed);
+                                   double dropout_p, const OptionalTensor& dropout_seed,
+                                   bool allow_tf32) {
+  const auto problem =
+      checked_problem<Backend>(q, k, v, scale, dropout_p, dropout_seed, allow_tf32);
   const OnDevice<Backend> device(q);
   Tensor out = new_empty(q, shape_of(q), q.scalar_type());
   Tensor lse = new_empty(q, statistics_shape(problem), accumulation_type(problem.dtype));
@@ -70,8 +73,9 @@ Heads packed_heads(const Tensor& packed, const AttentionProblem& p, int64_t part
 template <class Backend>
 Tensor backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                 const Tensor& out, const Tensor& lse, double scale, double dropout_p,
-                const OptionalTensor& dropout_seed) {
-  const auto problem = checked_problem<Backend>(q, k, v, scale, dropout_p, dropout_seed);
+                const OptionalTensor& dropout_seed, bool allow_tf32) {
+  const auto problem =
+      checked_problem<Backend>(q, k, v, scale, dropout_p, dropout_seed, allow_tf32);
   const ScalarType statistics = accumulation_type(problem.dtype);
   check_heads(dout, "dout", q);
   check_heads(out, "out", q);

@@ -16,8 +16,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& w,
                                            const OptionalTensor& norm_weight,
                                            const OptionalTensor& norm_bias, const Tensor& targets,
                                            double norm_eps, int64_t ignore_index,
-                                           ScalarType product, bool want_dlogits) {
-  const Types types{w.scalar_type(), product};
+                                           ScalarType product, bool allow_tf32, bool want_dlogits) {
+  const Types types{w.scalar_type(), product, allow_tf32};
   const Precision precision = checked_precision<Backend>(w, "w", types);
   check_rank(w, "w", 2, "(V, d)");
   check_contiguous(w, "w");

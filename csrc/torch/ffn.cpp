@@ -34,8 +34,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, co
                                            const OptionalTensor& norm_weight,
                                            const OptionalTensor& norm_bias, double norm_eps,
                                            int64_t activation, double dropout_p,
-                                           const OptionalTensor& dropout_seed, ScalarType product) {
-  const Types types{w1.scalar_type(), product};
+                                           const OptionalTensor& dropout_seed, ScalarType product,
+                                           bool allow_tf32) {
+  const Types types{w1.scalar_type(), product, allow_tf32};
   const auto problem =
       checked_problem<Backend>(x, w1, w2, norm_weight, norm_bias, dropout_p, activation, types);
   check_operand(b1, "b1", w1, types.stream, {problem.hidden_dim});
@@ -70,9 +71,9 @@ template <class Backend>
 SevenTensors backward(const Tensor& dout, const Tensor& x, const Tensor& w1, const Tensor& w2,
                       const Tensor& saved, const OptionalTensor& norm_weight,
                       const OptionalTensor& norm_bias, const Tensor& statistics, int64_t activation,
-                      double dropout_p, const OptionalTensor& dropout_seed,
+                      double dropout_p, const OptionalTensor& dropout_seed, bool allow_tf32,
                       const std::vector<bool>& wanted) {
-  const Types types{w1.scalar_type(), saved.scalar_type()};
+  const Types types{w1.scalar_type(), saved.scalar_type(), allow_tf32};
   const auto problem =
       checked_problem<Backend>(x, w1, w2, norm_weight, norm_bias, dropout_p, activation, types);
   const Shape hidden_shape = with_last_dim(leading_dims(x), problem.hidden_dim);

@@ -31,6 +31,7 @@ inline Shape with_last_dim(Shape leading, int64_t size) {
 // The dtypes of the parameters, of which w is one, and of the products.
 struct Types {
   ScalarType stream, product;
+  bool allow_tf32;
   ScalarType of_rows(const OptionalTensor& norm_weight) const {
     return norm_weight ? stream : product;
   }
@@ -39,7 +40,7 @@ struct Types {
 template <class Backend>
 Precision checked_precision(const Tensor& w, const char* name, Types types) {
   const DType stream = dtype_of<Backend>(w, name);
-  if (types.product == types.stream) return {stream, stream};
+  if (types.product == types.stream) return {stream, stream, types.allow_tf32};
   constexpr bool kCuda = std::is_same_v<Backend, Cuda>;
   const bool half = kCuda && types.product == ScalarType::Half;
   check(types.stream == ScalarType::Float && (half || types.product == ScalarType::BFloat16),

@@ -3,14 +3,16 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(gpt_ext, m) {
+  // allow_tf32, of every op that multiplies: ops/linear.h says what it allows.
+
   // q, k, v (B, T, H, D), last dim contiguous -> out (B, T, H, D), lse (B, H, T).
   // dropout_seed: one int64 on q's device, required where dropout_p > 0. dqkv (B, T, 3, H, D).
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, float scale, float dropout_p, "
-      "Tensor? dropout_seed) -> (Tensor out, Tensor lse)");
+      "Tensor? dropout_seed, bool allow_tf32) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "float scale, float dropout_p, Tensor? dropout_seed) -> Tensor dqkv");
+      "float scale, float dropout_p, Tensor? dropout_seed, bool allow_tf32) -> Tensor dqkv");
 
   // Parameters are of one dtype, the stream's; products read, and give, `product`, which is the
   // same, or 16 bits where the stream is float32 (ops/linear.h). x (..., d) is the stream's where
@@ -23,11 +25,11 @@ STABLE_TORCH_LIBRARY(gpt_ext, m) {
   m.def(
       "linear_forward(Tensor x, Tensor w, Tensor? b, Tensor? norm_weight, Tensor? norm_bias, "
       "Tensor? residual, float norm_eps, float dropout_p, Tensor? dropout_seed, "
-      "ScalarType product) -> (Tensor out, Tensor statistics)");
+      "ScalarType product, bool allow_tf32) -> (Tensor out, Tensor statistics)");
   m.def(
       "linear_backward(Tensor dout, Tensor x, Tensor w, Tensor? norm_weight, Tensor? norm_bias, "
       "Tensor statistics, bool has_residual, float dropout_p, Tensor? dropout_seed, "
-      "ScalarType product, bool[] wanted) -> "
+      "ScalarType product, bool allow_tf32, bool[] wanted) -> "
       "(Tensor dx, Tensor dw, Tensor db, Tensor dnorm_weight, Tensor dnorm_bias)");
 
   // targets (...) int64 -> loss (), of the accumulation type; dlogits (..., V), product, shape (0)
@@ -35,7 +37,7 @@ STABLE_TORCH_LIBRARY(gpt_ext, m) {
   m.def(
       "cross_entropy_forward(Tensor x, Tensor w, Tensor? b, Tensor? norm_weight, "
       "Tensor? norm_bias, Tensor targets, float norm_eps, int ignore_index, ScalarType product, "
-      "bool want_dlogits) -> (Tensor loss, Tensor dlogits, Tensor statistics)");
+      "bool allow_tf32, bool want_dlogits) -> (Tensor loss, Tensor dlogits, Tensor statistics)");
 
   // w1 (h, d), b1 (h), w2 (d, h), b2 (d) -> out (..., d) of x's dtype, saved (..., h), product.
   // Dropout is for what has a norm. activation: a value of gpt_ext::Activation
@@ -44,11 +46,12 @@ STABLE_TORCH_LIBRARY(gpt_ext, m) {
   m.def(
       "ffn_forward(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor? norm_weight, "
       "Tensor? norm_bias, float norm_eps, int activation, float dropout_p, Tensor? dropout_seed, "
-      "ScalarType product) -> (Tensor out, Tensor saved, Tensor statistics)");
+      "ScalarType product, bool allow_tf32) -> (Tensor out, Tensor saved, Tensor statistics)");
   m.def(
       "ffn_backward(Tensor dout, Tensor x, Tensor w1, Tensor w2, Tensor saved, "
       "Tensor? norm_weight, Tensor? norm_bias, Tensor statistics, int activation, "
-      "float dropout_p, Tensor? dropout_seed, bool[] wanted) -> (Tensor dx, Tensor dw1, "
+      "float dropout_p, Tensor? dropout_seed, bool allow_tf32, bool[] wanted) -> (Tensor dx, "
+      "Tensor dw1, "
       "Tensor db1, Tensor dw2, Tensor db2, Tensor dnorm_weight, Tensor dnorm_bias)");
 
   // The weights of a decoder, float32: token_embedding (V, C), position_embedding (T, C), final

@@ -28,8 +28,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w, const Optio
                                    const OptionalTensor& norm_weight,
                                    const OptionalTensor& norm_bias, const OptionalTensor& residual,
                                    double norm_eps, double dropout_p,
-                                   const OptionalTensor& dropout_seed, ScalarType product) {
-  const Types types{w.scalar_type(), product};
+                                   const OptionalTensor& dropout_seed, ScalarType product,
+                                   bool allow_tf32) {
+  const Types types{w.scalar_type(), product, allow_tf32};
   const auto problem = checked_problem<Backend>(x, w, norm_weight, norm_bias, types);
   const Shape out_shape = with_last_dim(leading_dims(x), problem.out_dim);
   if (b) check_operand(*b, "b", w, types.stream, {problem.out_dim});
@@ -57,8 +58,9 @@ template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& dout, const Tensor& x, const Tensor& w, const OptionalTensor& norm_weight,
     const OptionalTensor& norm_bias, const Tensor& statistics, bool has_residual, double dropout_p,
-    const OptionalTensor& dropout_seed, ScalarType product, const std::vector<bool>& wanted) {
-  const Types types{w.scalar_type(), product};
+    const OptionalTensor& dropout_seed, ScalarType product, bool allow_tf32,
+    const std::vector<bool>& wanted) {
+  const Types types{w.scalar_type(), product, allow_tf32};
   const auto problem = checked_problem<Backend>(x, w, norm_weight, norm_bias, types);
   check_operand(dout, "dout", w, has_residual ? types.stream : types.product,
                 with_last_dim(leading_dims(x), problem.out_dim));

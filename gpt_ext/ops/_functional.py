@@ -64,6 +64,12 @@ def wanted_only(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Te
     return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))
 
 
+@torch.compiler.assume_constant_result  # in a compiled graph: all of them are guarded by it
+def allow_tf32() -> bool:
+    """Whether torch takes products of float32 on CUDA in tf32: by its setting at the time."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which sums are taken and statistics stored."""
     return torch.float64 if dtype == torch.float64 else torch.float32

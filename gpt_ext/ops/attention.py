@@ -23,7 +23,13 @@ _BACKWARD = torch.ops.gpt_ext.attention_backward.default
 
 @torch.library.register_fake("gpt_ext::attention_forward")
 def _(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, dropout_seed: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor]:
     batch, time, heads, _ = q.shape
     statistics = _functional.accumulation_dtype(q.dtype)
@@ -41,6 +47,7 @@ def _(
     scale: float,
     dropout_p: float,
     dropout_seed: Tensor | None,
+    allow_tf32: bool,
 ) -> Tensor:
     batch, time, heads, dim = q.shape
     return q.new_empty((batch, time, 3, heads, dim))
@@ -74,11 +81,16 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, scale: float, dropout_p: float, dropout_seed: Tensor | None, *inputs: Tensor
+        ctx: Any,
+        scale: float,
+        dropout_p: float,
+        dropout_seed: Tensor | None,
+        allow_tf32: bool,
+        *inputs: Tensor,
     ) -> Tensor:
-        out, lse = _FORWARD(*_heads(inputs), scale, dropout_p, dropout_seed)
+        out, lse = _FORWARD(*_heads(inputs), scale, dropout_p, dropout_seed, allow_tf32)
         ctx.save_for_backward(out, lse, dropout_seed, *inputs)
-        ctx.scale, ctx.dropout_p = scale, dropout_p
+        ctx.scale, ctx.dropout_p, ctx.allow_tf32 = scale, dropout_p, allow_tf32
         ctx.set_materialize_grads(False)
         return out
 
@@ -94,9 +106,9 @@ class _CausalAttention(torch.autograd.Function):
                 lambda *inputs: _plain_attention(*_heads(inputs), *options), *inputs
             )[1](dout)
         else:
-            dqkv = _BACKWARD(dout.contiguous(), *_heads(inputs), out, lse, *options)
+            dqkv = _BACKWARD(dout.contiguous(), *_heads(inputs), out, lse, *options, ctx.allow_tf32)
             grads = dqkv.unbind(2) if len(inputs) == 3 else [dqkv]
-        return None, None, None, *grads
+        return None, None, None, None, *grads
 
 
 def _call(name: str, inputs: Sequence[Tensor], scale: float | None, dropout_p: float) -> Tensor:
@@ -111,9 +123,10 @@ def _call(name: str, inputs: Sequence[Tensor], scale: float | None, dropout_p: f
     if _functional.transforms_active():
         return _plain_attention(*_heads(inputs), scale, dropout_p, seed)
     inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in inputs]
+    options = scale, dropout_p, seed, _functional.allow_tf32()
     if _functional.needs_grad(*inputs):
-        return _CausalAttention.apply(scale, dropout_p, seed, *inputs)
-    return _FORWARD(*_heads(inputs), scale, dropout_p, seed)[0]
+        return _CausalAttention.apply(*options, *inputs)
+    return _FORWARD(*_heads(inputs), *options)[0]
 
 
 def causal_attention(
@@ -130,7 +143,9 @@ def causal_attention(
         q, k, v: (B, T, H, D), 1 <= D <= 256, any B, T and H, zero included; all float64, float32,
             bfloat16 or, on CUDA, float16, on one device. Any strides: views of a packed
             (B, T, 3, H, D) tensor are read in place, and only what has a last dim of another stride
-            than 1 is copied first. Under autocast they are cast to its dtype first.
+            than 1 is copied first. Under autocast they are cast to its dtype first. On CUDA,
+            float32's products are taken in tf32 where torch's own are, by its setting at the time
+            (torch.set_float32_matmul_precision), and backward's as forward's.
         scale: factor of the scores, 1/sqrt(D) by default.
         dropout_p: probability, 0 to 1, of dropping each softmax probability; what is kept is scaled
             by 1/(1 - dropout_p). The mask follows from one number drawn from torch's default

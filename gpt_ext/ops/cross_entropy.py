@@ -31,6 +31,7 @@ def _(
     norm_eps: float,
     ignore_index: int,
     product: torch.dtype,
+    allow_tf32: bool,
     want_dlogits: bool,
 ) -> tuple[Tensor, ...]:
     loss = x.new_empty((), dtype=_functional.accumulation_dtype(w.dtype))
@@ -59,29 +60,28 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         loss, *saved = _FORWARD(*arguments, True)
-        *tensors, eps, ignore_index, product = arguments
+        *tensors, eps, ignore_index, product, allow_tf32 = arguments
         ctx.save_for_backward(*tensors, *saved)
-        ctx.rest = eps, ignore_index, product
+        ctx.rest = eps, ignore_index, product, allow_tf32
         ctx.set_materialize_grads(False)
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None) -> tuple[Tensor | None, ...]:
         if dloss is None:
-            return (None,) * 9
+            return (None,) * 10
         x, w, b, norm_weight, norm_bias, targets, dlogits, statistics = ctx.saved_tensors
-        eps, ignore_index, product = ctx.rest
+        eps, ignore_index, product, allow_tf32 = ctx.rest
         if torch.is_grad_enabled():
             arguments = x, w, b, norm_weight, norm_bias, targets, eps, ignore_index, product
-            return _functional.differentiate(
-                _plain_cross_entropy, arguments, ctx.needs_input_grad, dloss
-            )
+            wanted = ctx.needs_input_grad[:-1]
+            return *_functional.differentiate(_plain_cross_entropy, arguments, wanted, dloss), None
         wanted = ctx.needs_input_grad[:5]
         grads = _BACKWARD(
             dlogits * dloss, x, w, norm_weight, norm_bias, statistics, False, 0.0, None,
-            product, wanted,
+            product, allow_tf32, wanted,
         )  # fmt: skip
-        return *_functional.wanted_only(grads, wanted), None, None, None, None
+        return *_functional.wanted_only(grads, wanted), None, None, None, None, None
 
 
 def cross_entropy(
@@ -136,10 +136,11 @@ def cross_entropy(
     arguments = *tensors, targets, norm_eps, ignore_index, operands.product
     if _functional.transforms_active():
         return _plain_cross_entropy(*arguments)
+    allow_tf32 = _functional.allow_tf32()
     try:
         if _functional.needs_grad(*tensors):
-            return _CrossEntropy.apply(*arguments)
-        return _FORWARD(*arguments, False)[0]
+            return _CrossEntropy.apply(*arguments, allow_tf32)
+        return _FORWARD(*arguments, allow_tf32, False)[0]
     except RuntimeError:  # of a CPU: a CUDA kernel's comes later
         if weight.is_cuda:
             raise

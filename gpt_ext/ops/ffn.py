@@ -43,6 +43,7 @@ def _(
     dropout_p: float,
     dropout_seed: Tensor | None,
     product: torch.dtype,
+    allow_tf32: bool,
 ) -> tuple[Tensor, ...]:
     saved = x.new_empty((*x.shape[:-1], w1.shape[0]), dtype=product)
     return x.new_empty(x.shape), saved, empty_statistics(x, w1, norm_weight)
@@ -61,6 +62,7 @@ def _(
     activation: int,
     dropout_p: float,
     dropout_seed: Tensor | None,
+    allow_tf32: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
     norm_shape = (0,) if norm_weight is None else norm_weight.shape
@@ -99,32 +101,31 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         out, *saved = _FORWARD(*arguments)
-        *tensors, eps, activation, dropout_p, seed, product = arguments
+        *tensors, eps, activation, dropout_p, seed, product, allow_tf32 = arguments
         ctx.save_for_backward(*tensors, seed, *saved)
-        ctx.rest = eps, activation, dropout_p, product
+        ctx.rest = eps, activation, dropout_p, product, allow_tf32
         ctx.set_materialize_grads(False)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
         if dout is None:
-            return (None,) * 12
+            return (None,) * 13
         x, w1, b1, w2, b2, norm_weight, norm_bias, seed, saved, statistics = ctx.saved_tensors
-        eps, activation, dropout_p, product = ctx.rest
+        eps, activation, dropout_p, product, allow_tf32 = ctx.rest
         if torch.is_grad_enabled():
             arguments = (
                 x, w1, b1, w2, b2, norm_weight, norm_bias,
                 eps, activation, dropout_p, seed, product,
             )  # fmt: skip
-            return _functional.differentiate(
-                _plain_feed_forward, arguments, ctx.needs_input_grad, dout
-            )
+            wanted = ctx.needs_input_grad[:-1]
+            return *_functional.differentiate(_plain_feed_forward, arguments, wanted, dout), None
         wanted = ctx.needs_input_grad[:7]
         grads = _BACKWARD(
             dout.contiguous(), x, w1, w2, saved, norm_weight, norm_bias, statistics,
-            activation, dropout_p, seed, wanted,
+            activation, dropout_p, seed, allow_tf32, wanted,
         )  # fmt: skip
-        return *_functional.wanted_only(grads, wanted), None, None, None, None, None
+        return *_functional.wanted_only(grads, wanted), None, None, None, None, None, None
 
 
 def feed_forward(
@@ -190,6 +191,7 @@ def feed_forward(
     arguments = *tensors, norm_eps, ACTIVATIONS.index(activation), dropout_p, seed, operands.product
     if _functional.transforms_active():
         return _plain_feed_forward(*arguments)
+    allow_tf32 = _functional.allow_tf32()
     if _functional.needs_grad(*tensors):
-        return _FeedForward.apply(*arguments)
-    return _FORWARD(*arguments)[0]
+        return _FeedForward.apply(*arguments, allow_tf32)
+    return _FORWARD(*arguments, allow_tf32)[0]

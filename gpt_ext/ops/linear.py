@@ -43,6 +43,7 @@ def _(
     dropout_p: float,
     dropout_seed: Tensor | None,
     product: torch.dtype,
+    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor]:
     dtype = product if residual is None else w.dtype
     out = x.new_empty((*x.shape[:-1], w.shape[0]), dtype=dtype)
@@ -67,6 +68,7 @@ def _(
     dropout_p: float,
     dropout_seed: Tensor | None,
     product: torch.dtype,
+    allow_tf32: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
     norm_shape = (0,) if norm_weight is None else norm_weight.shape
@@ -102,18 +104,18 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         out, statistics = _FORWARD(*arguments)
-        x, w, b, norm_weight, norm_bias, residual, eps, dropout_p, seed, product = arguments
+        x, w, b, norm_weight, norm_bias, residual, eps, dropout_p, seed, *products = arguments
         ctx.save_for_backward(x, w, b, norm_weight, norm_bias, statistics, seed)
-        ctx.rest = residual is not None, eps, dropout_p, product
+        ctx.rest = residual is not None, eps, dropout_p, *products
         ctx.set_materialize_grads(False)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
         if dout is None:
-            return (None,) * 10
+            return (None,) * 11
         x, w, b, norm_weight, norm_bias, statistics, seed = ctx.saved_tensors
-        has_residual, eps, dropout_p, product = ctx.rest
+        has_residual, eps, dropout_p, product, allow_tf32 = ctx.rest
         wanted = ctx.needs_input_grad[:5]
         grads: tuple[Tensor | None, ...]
         if torch.is_grad_enabled():
@@ -122,10 +124,10 @@ class _Linear(torch.autograd.Function):
         else:
             gradients = _BACKWARD(
                 dout.contiguous(), x, w, norm_weight, norm_bias, statistics, has_residual,
-                dropout_p, seed, product, wanted,
+                dropout_p, seed, product, allow_tf32, wanted,
             )  # fmt: skip
             grads = _functional.wanted_only(gradients, wanted)
-        return *grads, dout if has_residual else None, None, None, None, None
+        return *grads, dout if has_residual else None, None, None, None, None, None
 
 
 def take_norm(operands: Operands, norm: Norm | None, dim: int) -> tuple[Any, Any, float]:
@@ -200,6 +202,7 @@ def linear(
     arguments = *tensors, norm_eps, dropout_p, seed, operands.product
     if _functional.transforms_active():
         return plain_linear(*arguments)
+    allow_tf32 = _functional.allow_tf32()
     if _functional.needs_grad(*tensors):
-        return _Linear.apply(*arguments)
-    return _FORWARD(*arguments)[0]
+        return _Linear.apply(*arguments, allow_tf32)
+    return _FORWARD(*arguments, allow_tf32)[0]

@@ -24,6 +24,7 @@ struct AttentionCase {
   double dropout_p = 0;
   double scale = 0;  // 0: 1 / sqrt(dim)
   int64_t dropout_seed = 0x1234567890ABCDEF;
+  bool allow_tf32 = false;
 
   int64_t size() const { return batch * time * heads * dim; }
   double the_scale() const { return scale != 0 ? scale : 1 / std::sqrt(static_cast<double>(dim)); }
@@ -31,7 +32,8 @@ struct AttentionCase {
 
 inline std::ostream& operator<<(std::ostream& out, const AttentionCase& c) {
   return out << name(c.dtype) << " B=" << c.batch << " T=" << c.time << " H=" << c.heads
-             << " D=" << c.dim << " layout=" << static_cast<int>(c.layout) << " p=" << c.dropout_p;
+             << " D=" << c.dim << " layout=" << static_cast<int>(c.layout) << " p=" << c.dropout_p
+             << " tf32=" << c.allow_tf32;
 }
 
 // `count` tensors (B, T, H, D) in one buffer, laid out as the case says.
@@ -117,9 +119,13 @@ class HeadsBuffer {
   DeviceBuffer buffer_;
 };
 
+// Exact in the type that products read.
 inline AttentionInputs attention_inputs(const AttentionCase& c) {
-  return {random_normal(c.dtype, c.size(), 1), random_normal(c.dtype, c.size(), 2),
-          random_normal(c.dtype, c.size(), 3), random_normal(c.dtype, c.size(), 4)};
+  const auto random = [&](uint64_t seed) {
+    const Doubles values = random_normal(c.dtype, c.size(), seed);
+    return c.allow_tf32 ? round_to_tf32(values) : values;
+  };
+  return {random(1), random(2), random(3), random(4)};
 }
 
 inline AttentionResult reference_attention(const AttentionCase& c, const AttentionInputs& in) {
@@ -140,7 +146,8 @@ AttentionResult run_attention(Backend backend, const AttentionCase& c, const Att
       c.dtype,     c.batch,
       c.time,      c.heads,
       c.dim,       c.the_scale(),
-      c.dropout_p, c.dropout_p > 0 ? static_cast<int64_t*>(seed.data()) : nullptr};
+      c.dropout_p, c.dropout_p > 0 ? static_cast<int64_t*>(seed.data()) : nullptr,
+      c.allow_tf32};
   const ConstHeads q = qkv.view<ConstHeads>(0), k = qkv.view<ConstHeads>(1),
                    v = qkv.view<ConstHeads>(2);
   attention_forward(backend, AttentionForward{out.view<Heads>(0), lse.data(), q, k, v, problem});
@@ -154,11 +161,12 @@ AttentionResult run_attention(Backend backend, const AttentionCase& c, const Att
 }
 
 // Every sum is taken in the accumulation type, so what remains is that type's error over a few
-// hundred terms, and in the narrow types `roundings`: one of the result and those that a rounded
-// `out` brings into delta.
-inline double attention_tolerance(DType dtype, int roundings = 4) {
-  return 64 * rounding(accumulation(dtype)) +
-         (size_of(dtype) == 2 ? roundings * rounding(dtype) : 0);
+// hundred terms, and in the narrow types `roundings`: one of P and dS, one of the result and those
+// that a rounded `out` brings into delta. tf32 rounds P and dS, but no result.
+inline double attention_tolerance(const AttentionCase& c, int roundings = 4) {
+  const double sums = 64 * rounding(accumulation(c.dtype));
+  if (c.allow_tf32) return sums + (roundings - 2) * kTf32Rounding;
+  return sums + (size_of(c.dtype) == 2 ? roundings * rounding(c.dtype) : 0);
 }
 
 inline void check_close(const AttentionCase& c, const AttentionResult& actual,
@@ -167,11 +175,11 @@ inline void check_close(const AttentionCase& c, const AttentionResult& actual,
                              double tolerance) {
     CHECK(error(a, e) <= tolerance, what, " error=", error(a, e), " ", c);
   };
-  const double tolerance = attention_tolerance(c.dtype);
+  const double tolerance = attention_tolerance(c);
   // Where dS is multiplied in a narrow type: its terms cancel, and their roundings do not.
-  const double of_ds = attention_tolerance(c.dtype, 6);
+  const double of_ds = attention_tolerance(c, 6);
   check_one("out", actual.out, expected.out, tolerance);
-  check_one("lse", actual.lse, expected.lse, attention_tolerance(accumulation(c.dtype)));
+  check_one("lse", actual.lse, expected.lse, 64 * rounding(accumulation(c.dtype)));
   check_one("dq", actual.dq, expected.dq, of_ds);
   check_one("dk", actual.dk, expected.dk, of_ds);
   check_one("dv", actual.dv, expected.dv, tolerance);

@@ -13,21 +13,31 @@ int main() {
   for (const DType dtype : {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     for (const int64_t dim : {48, 64, 128, 256}) {
       for (const int64_t time : {2, 129}) {
-        const AttentionCase c{dtype, 1, time, 1, dim};
+        AttentionCase c{dtype, 1, time, 1, dim};
+        run_attention(Cuda{}, c, attention_inputs(c));
+        c.allow_tf32 = true;
         run_attention(Cuda{}, c, attention_inputs(c));
       }
     }
     // Rows for sums in one run and for more, in one part and for more.
-    for (const DType stream : {dtype, DType::kFloat32}) {
-      if (stream != dtype && size_of(dtype) != 2) continue;
+    for (const Precision precision :
+         {Precision{dtype, dtype}, {dtype, dtype, true}, {DType::kFloat32, dtype}}) {
+      if (precision.stream != dtype && size_of(dtype) != 2) continue;
       for (const int64_t rows : {2, 520}) {
         for (const bool in_block : {false, true}) {
-          const FfnCase ffn{dtype, Activation::kGelu, rows, 2, 2, in_block, stream};
+          const FfnCase ffn{dtype,
+                            Activation::kGelu,
+                            rows,
+                            2,
+                            2,
+                            in_block,
+                            precision.stream,
+                            precision.allow_tf32};
           run_ffn(Cuda{}, ffn, ffn_inputs(ffn));
-          const LinearCase linear{{stream, dtype}, in_block, in_block, 0.3, rows, 2, 2};
+          const LinearCase linear{precision, in_block, in_block, 0.3, rows, 2, 2};
           run_linear(Cuda{}, linear, linear_inputs(linear));
         }
-        const LinearCase loss{{stream, dtype}, false, false, 0, rows, 2, 2};
+        const LinearCase loss{precision, false, false, 0, rows, 2, 2};
         run_linear(Cuda{}, loss, linear_inputs(loss));
         run_cross_entropy(Cuda{}, loss, linear_inputs(loss), cross_entropy_targets(loss));
       }

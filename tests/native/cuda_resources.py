@@ -22,6 +22,7 @@ TABLE = Path(__file__).with_suffix(".txt")
 ON_TENSOR_CORES = "_mma_kernel"
 INSTRUCTIONS = ("HMMA", "LDSM", "LDGSTS")
 LOCAL_MEMORY = ("LDL", "STL")
+WITHOUT_LDSM = "gemm_mma_kernel<float, (Layout)2"  # it has to transpose 32 bits, LDSM takes 16
 
 
 def run(*command: str | Path) -> str:
@@ -71,7 +72,10 @@ def wrong_instructions(cuobjdump: str, objects: list[Path]) -> list[str]:
                     continue
                 kernel = short(demangled(mangled).strip())
                 found = set(re.findall(r"\b[A-Z]{3,}[A-Z0-9]*\b", code))
-                wrong += [f"{kernel} on {arch} has no {x}" for x in INSTRUCTIONS if x not in found]
+                needed = set(INSTRUCTIONS)
+                if kernel.startswith(WITHOUT_LDSM):
+                    needed.remove("LDSM")
+                wrong += [f"{kernel} on {arch} has no {x}" for x in needed - found]
                 wrong += [f"{kernel} on {arch} has {x}" for x in LOCAL_MEMORY if x in found]
     return wrong
 

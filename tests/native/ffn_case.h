@@ -18,6 +18,7 @@ struct FfnCase {
   int64_t rows, model_dim, hidden_dim;
   bool in_block = false;                 // with norm, dropout and residual
   std::optional<DType> parameters = {};  // and the residual stream: their dtype, if another
+  bool allow_tf32 = false;
 
   DType stream() const { return parameters.value_or(dtype); }
   DType x_type() const { return in_block ? stream() : dtype; }
@@ -27,7 +28,7 @@ struct FfnCase {
 inline std::ostream& operator<<(std::ostream& out, const FfnCase& c) {
   return out << name(c.dtype) << " activation=" << static_cast<int>(c.activation) << " N=" << c.rows
              << " d=" << c.model_dim << " h=" << c.hidden_dim << " block=" << c.in_block
-             << " stream=" << name(c.stream());
+             << " stream=" << name(c.stream()) << " tf32=" << c.allow_tf32;
 }
 
 // Weights as small as initialisations make them, so that every product is about 1.
@@ -64,7 +65,8 @@ FfnResult run_ffn(Backend backend, const FfnCase& c, const FfnInputs& in, Wanted
   const LayerNorm norm{c.in_block ? norm_weight.data() : nullptr, norm_bias.data(), kNormEps,
                        mean.data(), rstd.data()};
   const Dropout dropout{c.dropout_p(), static_cast<const int64_t*>(seed.data())};
-  const FfnProblem problem{{stream, c.dtype}, c.activation, c.rows, c.model_dim, c.hidden_dim};
+  const FfnProblem problem{
+      {stream, c.dtype, c.allow_tf32}, c.activation, c.rows, c.model_dim, c.hidden_dim};
   FfnForward forward{.out = out.data(),
                      .saved = saved.data(),
                      .hidden = c.activation == Activation::kRelu ? saved.data() : activated.data(),
@@ -136,10 +138,11 @@ inline FfnResult reference_ffn(const FfnCase& c, const FfnInputs& in) {
 }
 
 // In the narrow types act(z), z and dz are rounded once on the way, the result once more; in a
-// block norm(x) and g, too.
+// block norm(x) and g, too. tf32 rounds four operands on the way to any result.
 inline double ffn_tolerance(const FfnCase& c) {
   const double roundings = size_of(c.dtype) != 2 ? 0 : c.in_block ? 5 : 3;
-  return 64 * rounding(accumulation(c.dtype)) + roundings * rounding(c.dtype);
+  return 64 * rounding(accumulation(c.dtype)) + roundings * rounding(c.dtype) +
+         (c.allow_tf32 ? 4 * kTf32Rounding : 0);
 }
 
 inline void check_close(const FfnCase& c, const FfnResult& actual, const FfnResult& expected) {

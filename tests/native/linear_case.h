@@ -24,8 +24,9 @@ struct LinearCase {
 
 inline std::ostream& operator<<(std::ostream& out, const LinearCase& c) {
   return out << name(c.precision.stream) << '/' << name(c.precision.product)
-             << " norm=" << c.has_norm << " residual=" << c.has_residual << " p=" << c.dropout_p
-             << " N=" << c.rows << " d=" << c.in_dim << " o=" << c.out_dim;
+             << " tf32=" << c.precision.allow_tf32 << " norm=" << c.has_norm
+             << " residual=" << c.has_residual << " p=" << c.dropout_p << " N=" << c.rows
+             << " d=" << c.in_dim << " o=" << c.out_dim;
 }
 
 struct LinearInputs {
@@ -197,10 +198,13 @@ LinearResult run_linear(Backend backend, const LinearCase& c, const LinearInputs
           values(dnorm_bias, wanted.dnorm_bias, c.in_dim)};
 }
 
-// In the narrow type x, w and g are rounded once on the way, the result once more.
+// In the narrow type x, w and g are rounded once on the way, the result once more; tf32 rounds two
+// operands of each product, and no result.
 inline double linear_tolerance(const Precision& precision) {
   const DType product = precision.product;
-  return 64 * rounding(accumulation(product)) + (size_of(product) == 2 ? 4 * rounding(product) : 0);
+  const double sums = 64 * rounding(accumulation(product));
+  if (precision.allow_tf32) return sums + 2 * kTf32Rounding;
+  return sums + (size_of(product) == 2 ? 4 * rounding(product) : 0);
 }
 
 template <class Backend>
@@ -208,15 +212,19 @@ void check_linear(Backend backend, const LinearCase& c) {
   const LinearInputs inputs = linear_inputs(c);
   const LinearResult actual = run_linear(backend, c, inputs),
                      expected = reference_linear(c, inputs);
-  const auto check_one = [&](const char* what, const Doubles& a, const Doubles& e) {
-    CHECK(error(a, e) <= linear_tolerance(c.precision), what, " error=", error(a, e), " ", c);
+  const double tolerance = linear_tolerance(c.precision);
+  const auto check_one = [&](const char* what, const Doubles& a, const Doubles& e,
+                             double tolerance) {
+    CHECK(error(a, e) <= tolerance, what, " error=", error(a, e), " ", c);
   };
-  check_one("out", actual.out, expected.out);
-  check_one("dx", actual.dx, expected.dx);
-  check_one("dw", actual.dw, expected.dw);
-  check_one("db", actual.db, expected.db);
-  check_one("dnorm_weight", actual.dnorm_weight, expected.dnorm_weight);
-  check_one("dnorm_bias", actual.dnorm_bias, expected.dnorm_bias);
+  check_one("out", actual.out, expected.out, tolerance);
+  check_one("dx", actual.dx, expected.dx, tolerance);
+  check_one("dw", actual.dw, expected.dw, tolerance);
+  check_one("dnorm_weight", actual.dnorm_weight, expected.dnorm_weight, tolerance);
+  check_one("dnorm_bias", actual.dnorm_bias, expected.dnorm_bias, tolerance);
+  // Of no product: tf32 or not, it is the same.
+  const Precision of_sums{c.precision.stream, c.precision.product};
+  check_one("db", actual.db, expected.db, linear_tolerance(of_sums));
 }
 
 struct CrossEntropyResult {

@@ -43,6 +43,8 @@ inline DType accumulation(DType dtype) {
   return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
 }
 
+constexpr double kTf32Rounding = 0x1p-11;
+
 // Half a unit in the last place at 1: what one rounding costs, relatively.
 inline double rounding(DType dtype) {
   switch (dtype) {
@@ -111,6 +113,16 @@ inline Doubles decode(DType dtype, const Bytes& bytes) {
     default:
       return decode_as<__half>(bytes);
   }
+}
+
+// To 11 bits of significance, ties away from zero.
+inline Doubles round_to_tf32(Doubles values) {
+  for (double& value : values) {
+    int exponent = 0;
+    const double fraction = std::frexp(value, &exponent);
+    value = std::ldexp(std::round(std::ldexp(fraction, 11)), exponent - 11);
+  }
+  return values;
 }
 
 // Numbers of the normal distribution, times `spread`, each one exact in dtype.

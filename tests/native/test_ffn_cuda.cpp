@@ -11,17 +11,26 @@ constexpr Activation kActivations[] = {Activation::kRelu, Activation::kGelu, Act
 
 void check_case(const FfnCase& c) { check_ffn(Cuda{}, c); }
 
+FfnCase in_tf32(FfnCase c) {
+  c.dtype = DType::kFloat32;
+  c.allow_tf32 = true;
+  return c;
+}
+
 TEST(every_dtype_and_activation) {
-  for (const DType dtype : kDTypes) {
-    for (const Activation activation : kActivations) {
+  for (const Activation activation : kActivations) {
+    for (const DType dtype : kDTypes) {
       check_case({dtype, activation, 70, 42, 130});
       check_case({dtype, activation, 3, 65, 7});
     }
+    if (activation == Activation::kRelu) continue;  // as below
+    check_case(in_tf32({DType::kFloat32, activation, 70, 42, 130}));
+    check_case(in_tf32({DType::kFloat32, activation, 70, 42, 130, true}));
   }
 }
 
 // The sub-layer of a block: norm, dropout and residual, and parameters in another type than
-// products. In 16 bits without kRelu, whose slope jumps where a z near 0 is rounded.
+// products. In 16 bits, as in tf32, without kRelu, whose slope jumps where a z near 0 is rounded.
 TEST(in_a_block) {
   for (const DType dtype : kDTypes) {
     for (const Activation activation : kActivations) {
@@ -41,6 +50,7 @@ TEST(many_rows) {
   check_case({DType::kFloat32, Activation::kGelu, 600, 20, 30});
   check_case({DType::kBFloat16, Activation::kGeluTanh, 1100, 20, 30, true, DType::kFloat32});
   check_case({DType::kFloat16, Activation::kRelu, 600, 20, 30});
+  check_case(in_tf32({DType::kFloat32, Activation::kGelu, 600, 20, 30, true}));
 }
 
 TEST(odd_shapes) {
@@ -54,10 +64,13 @@ TEST(odd_shapes) {
 
 // Tensor cores: sides of one tile, of more and of parts, rows that begin at multiples of 16, 8, 4
 // and 2 bytes, and sums of fewer steps than there are stages, and of many.
-TEST(odd_shapes_in_16_bits) {
+TEST(odd_shapes_on_tensor_cores) {
   for (const int64_t rows : {1, 63, 129, 200}) {
     for (const auto& [d, h] : {std::pair{1, 1}, {252, 66}, {64, 128}, {130, 257}, {33, 12}}) {
-      check_case({rows == 63 ? DType::kFloat16 : DType::kBFloat16, Activation::kGelu, rows, d, h});
+      const FfnCase c{rows == 63 ? DType::kFloat16 : DType::kBFloat16, Activation::kGelu, rows, d,
+                      h};
+      check_case(c);
+      check_case(in_tf32(c));
     }
   }
   check_case({DType::kBFloat16, Activation::kRelu, 130, 252, 1008});  // the seed's sides
@@ -71,11 +84,12 @@ TEST(empty_sides) {
       check_case({dtype, activation, 4, 5, 0});
     }
   }
+  check_case(in_tf32({DType::kFloat32, Activation::kGelu, 4, 0, 7}));
+  check_case(in_tf32({DType::kFloat32, Activation::kGelu, 4, 5, 0}));
 }
 
 // A gradient alone is what it is among the others.
-void check_only_wanted_gradients(DType dtype) {
-  const FfnCase c{dtype, Activation::kGeluTanh, 40, 33, 50, true};
+void check_only_wanted_gradients(const FfnCase& c) {
   const FfnInputs inputs = ffn_inputs(c);
   const FfnResult all = run_ffn(Cuda{}, c, inputs);
   const auto only = [&](bool Wanted::*one) {
@@ -93,8 +107,10 @@ void check_only_wanted_gradients(DType dtype) {
 }
 
 TEST(only_wanted_gradients) {
-  check_only_wanted_gradients(DType::kFloat32);
-  check_only_wanted_gradients(DType::kFloat16);
+  const FfnCase c{DType::kFloat32, Activation::kGeluTanh, 40, 33, 50, true};
+  check_only_wanted_gradients(c);
+  check_only_wanted_gradients(in_tf32(c));
+  check_only_wanted_gradients({DType::kFloat16, Activation::kGeluTanh, 40, 33, 50, true});
 }
 
 }  // namespace

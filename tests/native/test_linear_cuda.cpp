@@ -7,9 +7,11 @@ namespace gpt_ext::test {
 namespace {
 
 constexpr Precision kPrecisions[] = {
-    {DType::kFloat64, DType::kFloat64},   {DType::kFloat32, DType::kFloat32},
-    {DType::kBFloat16, DType::kBFloat16}, {DType::kFloat16, DType::kFloat16},
-    {DType::kFloat32, DType::kBFloat16},  {DType::kFloat32, DType::kFloat16}};
+    {DType::kFloat64, DType::kFloat64},      {DType::kFloat32, DType::kFloat32},
+    {DType::kBFloat16, DType::kBFloat16},    {DType::kFloat16, DType::kFloat16},
+    {DType::kFloat32, DType::kBFloat16},     {DType::kFloat32, DType::kFloat16},
+    {DType::kFloat32, DType::kFloat32, true}};
+constexpr Precision kTf32{DType::kFloat32, DType::kFloat32, true};
 
 void check_case(const LinearCase& c) { check_linear(Cuda{}, c); }
 
@@ -31,6 +33,7 @@ TEST(odd_shapes) {
     for (const auto& [d, o] : {std::pair{1, 1}, {252, 66}, {64, 128}, {31, 257}, {33, 12}}) {
       check_case({{DType::kFloat32, DType::kFloat32}, true, true, 0.5, rows, d, o});
       check_case({{DType::kFloat32, DType::kBFloat16}, true, rows % 2 == 0, 0.5, rows, d, o});
+      check_case({kTf32, rows % 2 == 0, true, 0.5, rows, d, o});
     }
   }
 }
@@ -49,6 +52,26 @@ TEST(long_sums) {
   check_case({{DType::kFloat64, DType::kFloat64}, false, false, 0, 600, 3, 5});
   check_case({{DType::kFloat32, DType::kBFloat16}, true, true, 0.1, 1100, 20, 30});
   check_case({{DType::kFloat16, DType::kFloat16}, false, false, 0, 700, 70, 9});
+  check_case({kTf32, true, true, 0.1, 1100, 20, 30});
+}
+
+// The three products are what they are of operands that were rounded before.
+TEST(operands_are_rounded_to_the_nearest_tf32) {
+  LinearCase c{{DType::kFloat32, DType::kFloat32}, false, false, 0, 70, 42, 130};
+  const LinearInputs inputs = linear_inputs(c);
+  const LinearResult without = run_linear(Cuda{}, c, inputs);
+  c.precision = kTf32;
+  const LinearResult actual = run_linear(Cuda{}, c, inputs);
+  LinearInputs rounded = inputs;
+  for (Doubles* operand : {&rounded.x, &rounded.w, &rounded.dout}) {
+    *operand = round_to_tf32(*operand);
+  }
+  const LinearResult expected = run_linear(Cuda{}, c, rounded);
+  CHECK(actual.out == expected.out);
+  CHECK(actual.dx == expected.dx);
+  CHECK(actual.dw == expected.dw);
+  CHECK(actual.out != without.out && actual.dx != without.dx && actual.dw != without.dw);
+  CHECK(actual.db == without.db);
 }
 
 // A gradient alone is what it is among the others, which are not touched.
@@ -71,6 +94,7 @@ void check_only_wanted_gradients(const Precision& precision, int64_t rows) {
 TEST(only_wanted_gradients) {
   check_only_wanted_gradients({DType::kFloat32, DType::kFloat32}, 40);
   check_only_wanted_gradients({DType::kFloat32, DType::kBFloat16}, 600);
+  check_only_wanted_gradients(kTf32, 600);
 }
 
 TEST(cross_entropy) {

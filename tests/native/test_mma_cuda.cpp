@@ -42,6 +42,28 @@ __global__ void product(float* c, const T* a, const T* b) {  // 16 x 8, 16 x 16,
   for (int i = 0; i < 4; ++i) c[place(i)] = sums[i];
 }
 
+// Those of "Matrix fragments for mma.m16n8k8" with .tf32.
+__global__ void product_tf32(float* c, const uint32_t* a,
+                             const uint32_t* b) {  // 16 x 8, 16 x 8, 8 x 8
+  const int group = threadIdx.x >> 2, thread = threadIdx.x % 4;
+  uint32_t left[4], right[2];
+  for (int i = 0; i < 4; ++i) {
+    const int row = i == 0 || i == 2 ? group : group + 8;
+    const int column = i == 0 || i == 1 ? thread : thread + 4;
+    left[i] = a[row * 8 + column];
+  }
+  for (int i = 0; i < 2; ++i) right[i] = b[(i == 0 ? thread : thread + 4) * 8 + group];
+  float sums[4];
+  const auto place = [&](int i) { return (i < 2 ? group : group + 8) * 8 + thread * 2 + (i & 1); };
+  for (int i = 0; i < 4; ++i) sums[i] = c[place(i)];
+  multiply_add<float>(sums, left, right);
+  for (int i = 0; i < 4; ++i) c[place(i)] = sums[i];
+}
+
+__global__ void rounded(uint32_t* bits, const float* x) {
+  bits[threadIdx.x] = to_tf32(x[threadIdx.x]);
+}
+
 // Of a lane, the eight elements that it gets of four matrices with numbered elements.
 template <bool kTransposed>
 __global__ void matrices(uint16_t* out) {
@@ -113,6 +135,50 @@ void check_product(DType dtype) {
 TEST(mma_multiplies_by_the_lane_maps) {
   check_product<__nv_bfloat16>(DType::kBFloat16);
   check_product<__half>(DType::kFloat16);
+}
+
+// The last 13 bits of an element are nothing to it.
+TEST(mma_multiplies_tf32_by_the_lane_maps) {
+  Doubles a(128), b(64), c(128), expected(128);
+  for (int i = 0; i < 128; ++i) a[i] = (i * 7 + 3) % 23 - 11, c[i] = i * 0.25;
+  for (int i = 0; i < 64; ++i) b[i] = (i * 5 + 2) % 17 - 8;
+  for (int i = 0; i < 128; ++i) {
+    expected[i] = c[i];
+    for (int k = 0; k < 8; ++k) expected[i] += a[i / 8 * 8 + k] * b[k * 8 + i % 8];
+  }
+  for (const uint32_t tail : {0u, 0x1FFFu}) {
+    const auto with_tail = [&](const Doubles& values) {
+      Bytes bytes = encode(DType::kFloat32, values);
+      for (size_t i = 0; i < values.size(); ++i) {
+        uint32_t word;
+        std::memcpy(&word, &bytes[i * 4], 4);
+        word |= tail;
+        std::memcpy(&bytes[i * 4], &word, 4);
+      }
+      return bytes;
+    };
+    const DeviceBuffer da(with_tail(a)), db(with_tail(b)), dc(encode(DType::kFloat32, c));
+    cuda::launch(Cuda{}, "product", kernels::product_tf32, 1, 32, 0, static_cast<float*>(dc.data()),
+                 static_cast<const uint32_t*>(da.data()), static_cast<const uint32_t*>(db.data()));
+    CHECK(decode(DType::kFloat32, dc.download()) == expected, tail);
+  }
+}
+
+TEST(tf32_is_rounded_to_the_nearest_ties_away_from_zero) {
+  const double ulp = 0x1p-10;
+  Doubles x{0,           1,        -1.5,     1 + ulp,   1 + ulp / 2, -1 - ulp / 2, 1 + 0.49 * ulp,
+            2 - ulp / 2, 0x1p-126, INFINITY, -INFINITY, 3e38,        65504,        0.1,
+            -0.3,        1e-20};
+  Doubles expected = round_to_tf32(decode(DType::kFloat32, encode(DType::kFloat32, x)));
+  CHECK(expected[4] == 1 + ulp && expected[5] == -1 - ulp && expected[6] == 1 && expected[7] == 2);
+  x.resize(32, NAN);
+  const DeviceBuffer in(encode(DType::kFloat32, x)), out(32 * sizeof(float));
+  cuda::launch(Cuda{}, "rounded", kernels::rounded, 1, 32, 0, static_cast<uint32_t*>(out.data()),
+               static_cast<const float*>(in.data()));
+  const Doubles actual = decode(DType::kFloat32, out.download());
+  for (size_t i = 0; i < x.size(); ++i) {
+    CHECK(i < expected.size() ? actual[i] == expected[i] : std::isnan(actual[i]), x[i]);
+  }
 }
 
 template <bool kTransposed>

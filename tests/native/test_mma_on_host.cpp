@@ -65,23 +65,27 @@ __global__ void two_kinds() {
   }
 }
 
+template <class T>
 __global__ void some_lanes() {
   float c[4] = {};
-  if (threadIdx.x > 3) multiply_add<__half>(c, {1, 2, 3, 4}, {5, 6});
+  if (threadIdx.x > 3) multiply_add<T>(c, {1, 2, 3, 4}, {5, 6});
 }
 
 // One product of what lies in shared memory, for bugs planted at its two lines.
+template <class T>
 __global__ void product(float* out) {
+  constexpr int kWidth = 16 / sizeof(T);
   struct Matrices {
-    __nv_bfloat16 at[32][8];
+    T at[32][kWidth];
   };
   auto& matrices = shared_memory<Matrices>();
-  for (int i = threadIdx.x; i < 256; i += 32) matrices.at[i / 8][i % 8] = float(i % 97 - 40);
+  for (int i = threadIdx.x; i < 32 * kWidth; i += 32)
+    matrices.at[i / kWidth][i % kWidth] = float(i % 97 - 40);
   __syncwarp();
   uint32_t a[4];
   load_matrices<false>(a, matrices.at[threadIdx.x]);
   float c[4] = {};
-  multiply_add<__nv_bfloat16>(c, a, {a[1], a[2]});
+  multiply_add<T>(c, a, {a[1], a[2]});
   for (int i = 0; i < 4; ++i) out[threadIdx.x * 4 + i] = c[i];
 }
 
@@ -160,13 +164,16 @@ TEST(warps_that_are_refused) {
   expect("of a row not aligned to 16 bytes", kernels::one_row, 8);
   expect("of a row outside of shared memory", kernels::one_row, 512);
   expect("divergence: it is at ldmatrix", kernels::two_kinds);
-  expect("deadlock: 4 threads have finished; 28 wait at mma.sync", kernels::some_lanes);
+  expect("deadlock: 4 threads have finished; 28 wait at mma.sync", kernels::some_lanes<__half>);
+  expect("deadlock: 4 threads have finished; 28 wait at mma.sync", kernels::some_lanes<float>);
 }
 
-TEST(planted_bugs_change_the_product) {
+template <class T>
+void check_planted_bugs() {
   const auto run = [] {
     const DeviceBuffer out(128 * sizeof(float));
-    cuda::launch(Cuda{}, "product", kernels::product, 1, 32, 512, static_cast<float*>(out.data()));
+    cuda::launch(Cuda{}, "product", kernels::product<T>, 1, 32, 512,
+                 static_cast<float*>(out.data()));
     return decode(DType::kFloat32, out.download());
   };
   cuda_on_host::take_sites();
@@ -181,6 +188,11 @@ TEST(planted_bugs_change_the_product) {
   }
   options() = {};
   CHECK(run() == expected);
+}
+
+TEST(planted_bugs_change_the_product) {
+  check_planted_bugs<__nv_bfloat16>();
+  check_planted_bugs<float>();
 }
 
 }  // namespace

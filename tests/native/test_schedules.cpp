@@ -24,20 +24,21 @@ Doubles join(std::initializer_list<const Doubles*> parts) {
 }
 
 // Everything an op computes at a size that takes several tiles each way, and a part of one.
-Doubles attention(DType dtype, int64_t dim, int64_t time = 2 * 64 + 1) {
-  const AttentionCase c{dtype, 1, time, 1, dim, HeadsLayout::kPacked, 0.1};
+Doubles attention(DType dtype, int64_t dim, int64_t time = 2 * 64 + 1, bool allow_tf32 = false) {
+  AttentionCase c{dtype, 1, time, 1, dim, HeadsLayout::kPacked, 0.1};
+  c.allow_tf32 = allow_tf32;
   const AttentionResult r = run_attention(Cuda{}, c, attention_inputs(c));
   return join({&r.out, &r.lse, &r.dq, &r.dk, &r.dv});
 }
-Doubles ffn(DType dtype) {
-  const FfnCase c{dtype, Activation::kGelu, 70, 66, 100};
+Doubles ffn(DType dtype, bool allow_tf32 = false) {
+  const FfnCase c{dtype, Activation::kGelu, 70, 66, 100, false, {}, allow_tf32};
   const FfnResult r = run_ffn(Cuda{}, c, ffn_inputs(c));
   return join({&r.out, &r.dx, &r.dw1, &r.db1, &r.dw2, &r.db2});
 }
 
 // In a block, and with sums that are cut into parts.
 Doubles linear(const Precision& precision) {
-  const LinearCase c{precision, true, true, 0.3, 530, 34, 70};
+  const LinearCase c{precision, true, true, 0.3, 530, 50, 70};
   const LinearResult r = run_linear(Cuda{}, c, linear_inputs(c));
   return join({&r.out, &r.dx, &r.dw, &r.db, &r.dnorm_weight, &r.dnorm_bias});
 }
@@ -48,7 +49,7 @@ Doubles cross_entropy(const Precision& precision) {
   return join({&r.loss, &r.dlogits});
 }
 constexpr Precision kFloat{DType::kFloat32, DType::kFloat32},
-    kMixed{DType::kFloat32, DType::kBFloat16};
+    kMixed{DType::kFloat32, DType::kBFloat16}, kTf32{DType::kFloat32, DType::kFloat32, true};
 
 template <class Op>
 void check_schedules(Op&& op) {
@@ -69,17 +70,21 @@ TEST(attention_is_the_same_in_every_schedule) {
   check_schedules([] { return attention(DType::kBFloat16, 42); });
   check_schedules([] { return attention(DType::kFloat16, 200); });
   check_schedules([] { return attention(DType::kBFloat16, 42, 120); });
+  check_schedules([] { return attention(DType::kFloat32, 42, 80, true); });
+  check_schedules([] { return attention(DType::kFloat32, 200, 80, true); });
   check_schedules([] { return attention(DType::kFloat64, 42); });
 }
 
 TEST(ffn_is_the_same_in_every_schedule) {
   check_schedules([] { return ffn(DType::kFloat32); });
   check_schedules([] { return ffn(DType::kFloat16); });
+  check_schedules([] { return ffn(DType::kFloat32, true); });
 }
 
 TEST(linear_and_cross_entropy_are_the_same_in_every_schedule) {
   check_schedules([] { return linear(kFloat); });
   check_schedules([] { return linear(kMixed); });
+  check_schedules([] { return linear(kTf32); });
   check_schedules([] { return cross_entropy(kMixed); });
 }
 
@@ -117,16 +122,20 @@ TEST(ffn_needs_each_barrier) {  // product's two and that of the column sums
 TEST(attention_on_tensor_cores_needs_each_instruction) {
   check_every_site(24, [] { return attention(DType::kBFloat16, 42); });
   check_every_site(30, [] { return attention(DType::kFloat16, 42, 120); });
+  check_every_site(24, [] { return attention(DType::kFloat32, 42, 80, true); });
+  check_every_site(24, [] { return attention(DType::kFloat32, 200, 40, true); });
 }
 
 TEST(ffn_on_tensor_cores_needs_each_instruction) {
   check_every_site(12, [] { return ffn(DType::kBFloat16); });
+  check_every_site(11, [] { return ffn(DType::kFloat32, true); });
 }
 
 // And those of norms and column sums: a shuffle and a barrier.
 TEST(linear_needs_each_instruction) {
   check_every_site(4, [] { return linear(kFloat); });
   check_every_site(14, [] { return linear(kMixed); });
+  check_every_site(13, [] { return linear(kTf32); });
 }
 
 TEST(cross_entropy_needs_each_barrier_and_shuffle) {  // two and one, besides the product's and

@@ -75,7 +75,7 @@ def test_large_scores_do_not_overflow(backend: str) -> None:
 
 def test_lse(backend: str) -> None:
     q, k, v = packed(2, 70, 3, 42, backend, torch.float64)
-    _, lse = RAW_FORWARD(q, k, v, 0.2, 0.0, None)
+    _, lse = RAW_FORWARD(q, k, v, 0.2, 0.0, None, False)
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * 0.2
     future = torch.ones(70, 70, dtype=torch.bool, device=backend).triu(1)
     torch.testing.assert_close(lse, scores.masked_fill(future, -torch.inf).logsumexp(-1))
@@ -214,8 +214,8 @@ def test_dropout_values_and_gradients(backend: str) -> None:
     q, k, v = packed(2, 34, 2, 16, backend, torch.float64)
     dout = torch.randn_like(q)
     seed_tensor = torch.tensor([seed], device=backend)
-    out, lse = RAW_FORWARD(q, k, v, 0.25, p, seed_tensor)
-    grads = RAW_BACKWARD(dout, q, k, v, out, lse, 0.25, p, seed_tensor).unbind(2)
+    out, lse = RAW_FORWARD(q, k, v, 0.25, p, seed_tensor, False)
+    grads = RAW_BACKWARD(dout, q, k, v, out, lse, 0.25, p, seed_tensor, False).unbind(2)
     factor = reference.attention_keep_mask(seed, p, 2, 2, 34).double() / (1 - p)
     exact = reference.exact(
         lambda *t: reference.attention(*t, scale=0.25, factor=factor), (q, k, v), dout
@@ -308,6 +308,7 @@ def test_opcheck(layout: str, dropout_p: float, device: str) -> None:
     if layout != "packed":
         q, k, v, dout = (STRIDED[layout](t) for t in (q, k, v, dout))
     seed = torch.tensor([7], device=device) if dropout_p else None
-    torch.library.opcheck(RAW_FORWARD, (q, k, v, 0.3, dropout_p, seed))
-    out, lse = RAW_FORWARD(q, k, v, 0.3, dropout_p, seed)
-    torch.library.opcheck(RAW_BACKWARD, (dout, q, k, v, out, lse, 0.3, dropout_p, seed))
+    options = 0.3, dropout_p, seed, False
+    torch.library.opcheck(RAW_FORWARD, (q, k, v, *options))
+    out, lse = RAW_FORWARD(q, k, v, *options)
+    torch.library.opcheck(RAW_BACKWARD, (dout, q, k, v, out, lse, *options))

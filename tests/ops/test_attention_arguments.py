@@ -78,9 +78,9 @@ WRONG_RAW = {
 def test_raw_ops_refuse(case: str) -> None:
     inputs, dropout, message = WRONG_RAW[case]
     with pytest.raises(RuntimeError, match=message):
-        RAW_FORWARD(*inputs, 0.5, *dropout)
+        RAW_FORWARD(*inputs, 0.5, *dropout, False)
     with pytest.raises(RuntimeError, match=message):
-        RAW_BACKWARD(X, *inputs, X, LSE, 0.5, *dropout)
+        RAW_BACKWARD(X, *inputs, X, LSE, 0.5, *dropout, False)
 
 
 @pytest.mark.parametrize(
@@ -97,4 +97,4 @@ def test_raw_ops_refuse(case: str) -> None:
 )
 def test_raw_backward_refuses(dout: Tensor, out: Tensor, lse: Tensor, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
-        RAW_BACKWARD(dout, X, X, X, out, lse, 0.5, 0.0, None)
+        RAW_BACKWARD(dout, X, X, X, out, lse, 0.5, 0.0, None, False)

@@ -220,7 +220,7 @@ def test_gradcheck(with_norm: bool, device: str) -> None:
 def test_opcheck(mode: str, want_dlogits: bool) -> None:
     inputs, targets = make((2, 3), 5, 9, "cpu", MODES[mode])
     product = torch.bfloat16 if mode == "autocast" else MODES[mode]
-    arguments = [*inputs, targets, 1e-5, IGNORED, product, want_dlogits]
+    arguments = [*inputs, targets, 1e-5, IGNORED, product, False, want_dlogits]
     torch.library.opcheck(RAW_FORWARD, arguments)
     _, dlogits, statistics = RAW_FORWARD(*arguments)
     assert dlogits.dtype == product
@@ -254,7 +254,7 @@ def test_wrong_arguments(case: str) -> None:
         cross_entropy(**{**GOOD, **change})
 
 
-GOOD_RAW = [X, W, B, NW, NB, TARGETS, 1e-5, IGNORED, torch.float32, True]
+GOOD_RAW = [X, W, B, NW, NB, TARGETS, 1e-5, IGNORED, torch.float32, False, True]
 
 
 @pytest.mark.parametrize(

@@ -317,12 +317,12 @@ def test_opcheck(form: str, activation: int) -> None:
     norm = (weight, bias) if has_norm else (None, None)
     dropout = (0.3, torch.tensor([5])) if has_norm else (0.0, None)
     product = torch.bfloat16 if form == "autocast" else torch.float32
-    arguments = (*inputs, *norm, 1e-5, activation, *dropout, product)
+    arguments = (*inputs, *norm, 1e-5, activation, *dropout, product, False)
     torch.library.opcheck(RAW_FORWARD, arguments)
     out, saved, statistics = RAW_FORWARD(*arguments)
     assert saved.dtype == product
     assert statistics.shape == ((2, 2, 3) if has_norm else (0,))
     for wanted in ([True] * 5 + [has_norm] * 2, [False, True, False, True, False, False, has_norm]):
         dout = torch.randn_like(out)
-        backward = (dout, x, w1, w2, saved, *norm, statistics, activation, *dropout, wanted)
+        backward = (dout, x, w1, w2, saved, *norm, statistics, activation, *dropout, False, wanted)
         torch.library.opcheck(RAW_BACKWARD, backward)

@@ -84,7 +84,7 @@ WRONG_RAW = {
 @pytest.mark.parametrize("case", WRONG_RAW)
 def test_raw_forward_refuses(case: str) -> None:
     inputs, changes, message = WRONG_RAW[case]
-    rest = (*NO_NORM, 0, *NO_DROPOUT, torch.float32)
+    rest = (*NO_NORM, 0, *NO_DROPOUT, torch.float32, False)
     with pytest.raises(RuntimeError, match=message):
         RAW_FORWARD(*inputs, *(changes.get(i, argument) for i, argument in enumerate(rest)))
 
@@ -92,7 +92,7 @@ def test_raw_forward_refuses(case: str) -> None:
 SAVED = torch.zeros(4, 5)
 STATISTICS = torch.empty(0)
 ALL = [True] * 5 + [False] * 2
-GOOD_BACKWARD = [X, X, W1, W2, SAVED, None, None, STATISTICS, 0, *NO_DROPOUT, ALL]
+GOOD_BACKWARD = [X, X, W1, W2, SAVED, None, None, STATISTICS, 0, *NO_DROPOUT, False, ALL]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ GOOD_BACKWARD = [X, X, W1, W2, SAVED, None, None, STATISTICS, 0, *NO_DROPOUT, AL
         ({5: B2, 6: B2}, r"statistics has shape \(0\), expected \(2, 4\)"),
         ({7: STATISTICS.double()}, "statistics has dtype Double, expected Float"),
         ({8: -1}, "activation is -1, expected 0"),
-        ({11: ALL[1:]}, "wanted has 6 flags, expected 7"),
+        ({12: ALL[1:]}, "wanted has 6 flags, expected 7"),
     ],
 )
 def test_raw_backward_refuses(changes: dict[int, Any], message: str) -> None:

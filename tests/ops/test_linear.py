@@ -273,14 +273,15 @@ def raw_arguments(form: set[str], mode: str) -> list[Any]:
     x = t["x"] if "norm" in form else t["x"].to(product)
     p, seed = (P, torch.tensor([5])) if "dropout" in form else (0.0, None)
     norm = t.get("norm_weight"), t.get("norm_bias")
-    return [x, t["weight"], t.get("bias"), *norm, t.get("residual"), 1e-5, p, seed, product]
+    rest = 1e-5, p, seed, product, False
+    return [x, t["weight"], t.get("bias"), *norm, t.get("residual"), *rest]
 
 
 @pytest.mark.parametrize("mode", ["float32", "autocast"])
 @pytest.mark.parametrize("form", FORMS)
 def test_opcheck(form: str, mode: str) -> None:
     arguments = raw_arguments(FORMS[form], mode)
-    x, w, _, norm_weight, norm_bias, residual, _, p, seed, product = arguments
+    x, w, _, norm_weight, norm_bias, residual, _, p, seed, product, _ = arguments
     torch.library.opcheck(RAW_FORWARD, arguments)
     out, statistics = RAW_FORWARD(*arguments)
     has_norm, has_residual = norm_weight is not None, residual is not None
@@ -290,7 +291,7 @@ def test_opcheck(form: str, mode: str) -> None:
         torch.library.opcheck(
             RAW_BACKWARD,
             (torch.randn_like(out), x, w, norm_weight, norm_bias, statistics, has_residual, p,
-             seed, product, wanted),
+             seed, product, False, wanted),
         )  # fmt: skip
 
 

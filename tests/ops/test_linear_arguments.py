@@ -53,7 +53,7 @@ def test_dropout_is_a_probability(p: float) -> None:
 
 
 SEED = torch.tensor([1])
-GOOD = [X, W, B, NW, NB, R, 1e-5, P, SEED, torch.float32]
+GOOD = [X, W, B, NW, NB, R, 1e-5, P, SEED, torch.float32, False]
 WRONG_RAW = {
     "integers": ({1: W.int()}, "w has dtype Int, expected float64"),
     "half on CPU": ({1: W.half()}, "w has dtype float16, which is for CUDA only"),
@@ -85,7 +85,7 @@ def test_raw_forward_refuses(case: str) -> None:
 
 
 STATISTICS = torch.ones(2, 4)
-GOOD_BACKWARD = [R, X, W, NW, NB, STATISTICS, True, P, SEED, torch.float32, [True] * 5]
+GOOD_BACKWARD = [R, X, W, NW, NB, STATISTICS, True, P, SEED, torch.float32, False, [True] * 5]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ GOOD_BACKWARD = [R, X, W, NW, NB, STATISTICS, True, P, SEED, torch.float32, [Tru
         ({5: STATISTICS.double()}, "statistics has dtype Double, expected Float"),
         ({5: STATISTICS[:1]}, r"statistics has shape \(1, 4\), expected \(2, 4\)"),
         ({3: None, 4: None}, r"statistics has shape \(2, 4\), expected \(0\)"),
-        ({10: [True] * 4}, "wanted has 4 flags, expected 5"),
+        ({11: [True] * 4}, "wanted has 4 flags, expected 5"),
     ],
 )
 def test_raw_backward_refuses(changes: dict[int, Any], message: str) -> None:

@@ -48,7 +48,7 @@ def test_kernel_draws_the_same_mask(p: float, backend: str) -> None:
     q = torch.randn(batch, time, heads, time, device=backend)
     v = torch.eye(time, device=backend)[None, :, None].expand_as(q)
     out, _ = torch.ops.gpt_ext.attention_forward(
-        q, q, v, 0.1, p, torch.tensor([seed], device=backend)
+        q, q, v, 0.1, p, torch.tensor([seed], device=backend), False
     )
     keep = reference.attention_keep_mask(seed, p, batch, heads, time)
     assert torch.equal(out.transpose(1, 2).cpu() != 0, keep.tril())

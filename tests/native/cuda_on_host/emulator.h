@@ -123,5 +123,7 @@ void load_matrices(bool transposed, uint32_t (&matrices)[4], const void* row,
                    const std::source_location& where);
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                   float (*decode)(uint16_t), const std::source_location& where);
+void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                       const std::source_location& where);
 
 }  // namespace cuda_on_host

@@ -1,6 +1,7 @@
 // cp.async; ldmatrix and mma.sync, by the lane maps of the PTX ISA: g = lane / 4, t = lane % 4.
 #include "instructions.h"
 
+#include <bit>
 #include <sstream>
 
 #include "memory.h"
@@ -59,26 +60,55 @@ void take_matrices(bool transposed, Values& values) {
 }
 
 struct Operands {
-  uint16_t a[4][2], b[2][2];
+  uint32_t a[4], b[2];
   float c[4];
 };
 
-void multiply_add(float (*decode)(uint16_t), Values& values) {
-  float a[16][16], b[16][8], c[16][8];
-  for (unsigned lane = 0; lane < kWarpSize; ++lane) {
-    const unsigned g = lane / 4, t = lane % 4;
-    const auto operands = get<Operands>(values, lane);
-    for (unsigned e = 0; e < 2; ++e) {
-      for (unsigned i = 0; i < 4; ++i) {
-        a[g + 8 * (i % 2)][2 * t + 8 * (i / 2) + e] = decode(operands.a[i][e]);
-      }
-      for (unsigned i = 0; i < 2; ++i) b[2 * t + 8 * i + e][g] = decode(operands.b[i][e]);
+// The left operand and the right one; tf32 has half the terms.
+struct Factors {
+  float left[16][16], right[16][8];
+};
+
+void spread(float (*decode)(uint16_t), const Operands& operands, unsigned lane, Factors& factors) {
+  const unsigned g = lane / 4, t = lane % 4;
+  const auto element = [&](uint32_t word, unsigned e) {
+    return decode(static_cast<uint16_t>(word >> 16 * e));
+  };
+  for (unsigned e = 0; e < 2; ++e) {
+    for (unsigned i = 0; i < 4; ++i) {
+      factors.left[g + 8 * (i % 2)][2 * t + 8 * (i / 2) + e] = element(operands.a[i], e);
     }
-    for (unsigned i = 0; i < 4; ++i) c[g + 8 * (i / 2)][2 * t + i % 2] = operands.c[i];
+    for (unsigned i = 0; i < 2; ++i) {
+      factors.right[2 * t + 8 * i + e][g] = element(operands.b[i], e);
+    }
+  }
+}
+
+void spread_tf32(const Operands& operands, unsigned lane, Factors& factors) {
+  const unsigned g = lane / 4, t = lane % 4;
+  const auto element = [](uint32_t word) { return std::bit_cast<float>(word & ~0x1FFFu); };
+  for (unsigned i = 0; i < 4; ++i) {
+    factors.left[g + 8 * (i % 2)][t + 4 * (i / 2)] = element(operands.a[i]);
+  }
+  for (unsigned i = 0; i < 2; ++i) factors.right[t + 4 * i][g] = element(operands.b[i]);
+}
+
+// Sums of `terms` terms; spread(operands, lane, factors) puts a lane's elements where they belong.
+template <class Spread>
+void multiply_all(unsigned terms, Spread&& spread, Values& values) {
+  Factors factors;
+  float c[16][8];
+  for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+    const auto operands = get<Operands>(values, lane);
+    spread(operands, lane, factors);
+    for (unsigned i = 0; i < 4; ++i)
+      c[lane / 4 + 8 * (i / 2)][2 * (lane % 4) + i % 2] = operands.c[i];
   }
   for (unsigned row = 0; row < 16; ++row) {
-    for (unsigned k = 0; k < 16; ++k) {
-      for (unsigned column = 0; column < 8; ++column) c[row][column] += a[row][k] * b[k][column];
+    for (unsigned k = 0; k < terms; ++k) {
+      for (unsigned column = 0; column < 8; ++column) {
+        c[row][column] += factors.left[row][k] * factors.right[k][column];
+      }
     }
   }
   for (unsigned lane = 0; lane < kWarpSize; ++lane) {
@@ -88,6 +118,16 @@ void multiply_add(float (*decode)(uint16_t), Values& values) {
     }
     put(values, lane, sums);
   }
+}
+
+void multiply_together(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                       const std::source_location& where, const Combine& multiply) {
+  Operands operands;
+  std::memcpy(operands.a, a, sizeof(a));
+  std::memcpy(operands.b, b, sizeof(b));
+  std::memcpy(operands.c, c, sizeof(c));
+  const Values& values = meet("mma.sync", kAllLanes, &operands, sizeof(operands), where, multiply);
+  if (!is_planted(where)) std::memcpy(c, values[lane()].data(), sizeof(c));
 }
 
 }  // namespace
@@ -136,13 +176,19 @@ void load_matrices(bool transposed, uint32_t (&matrices)[4], const void* row,
 
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                   float (*decode)(uint16_t), const std::source_location& where) {
-  Operands operands;
-  std::memcpy(operands.a, a, sizeof(a));
-  std::memcpy(operands.b, b, sizeof(b));
-  std::memcpy(operands.c, c, sizeof(c));
-  const Values& values = meet("mma.sync", kAllLanes, &operands, sizeof(operands), where,
-                              [=](Values& all) { multiply_add(decode, all); });
-  if (!is_planted(where)) std::memcpy(c, values[lane()].data(), sizeof(c));
+  multiply_together(c, a, b, where, [=](Values& all) {
+    multiply_all(
+        16,
+        [=](const Operands& operands, unsigned lane, Factors& factors) {
+          spread(decode, operands, lane, factors);
+        },
+        all);
+  });
+}
+
+void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                       const std::source_location& where) {
+  multiply_together(c, a, b, where, [](Values& all) { multiply_all(8, spread_tf32, all); });
 }
 
 }  // namespace cuda_on_host

@@ -4,6 +4,7 @@
 
 #include <math.h>
 
+#include <bit>
 #include <cassert>
 #include <cstddef>
 #include <source_location>
@@ -69,6 +70,8 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta,
       "__shfl_up_sync", mask, value,
       [&](unsigned lane) { return lane >= delta ? lane - delta : lane; }, where);
 }
+
+inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t {  // CUDA's own numbers
