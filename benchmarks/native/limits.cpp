@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "common/huge_pages.h"
 #include "peak.h"
 
 namespace gpt_ext::bench {
@@ -65,6 +66,7 @@ double measure_read(int64_t bytes) {
 #pragma omp parallel
   {
     auto* part = static_cast<float*>(std::aligned_alloc(64, floats * sizeof(float)));
+    prefer_huge_pages(part, floats * sizeof(float));
     std::fill(part, part + floats, 1.0f);  // by its reader: the memory near its core
     parts[omp_get_thread_num()].reset(part);
   }

@@ -3,70 +3,16 @@
 //
 // Each product is cut by its outputs, so that every sum is one rank's and its order is fixed. A
 // block has five barriers: after q, k and v; after attention, cut by rows and heads; after the
-// projection; after the hidden layer; and after its second product. A few rows are made operands by
-// each rank for itself; many are shared out, with a barrier before the product.
+// projection; after the hidden layer; and after its second product. A sixth, after the keys and
+// values are kept, is for sequences of more rows than one. A few rows are made operands by each
+// rank for itself; many are shared out, with a barrier before the product.
 
 namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
-// The cache of one head of one sequence, packed as weights are: keys with positions for outputs, in
-// panels [T'/16][D][16], and values with dims for outputs, in panels [D'/16][T'][16]; in bfloat16
-// with pairs of dims, and of positions, side by side. So attention is two products.
-template <class Storage>
-struct HeadCache {
-  static constexpr auto kFormat =
-      std::is_same_v<Storage, float> ? WeightFormat::kFloat32 : WeightFormat::kBFloat16;
-  static constexpr int64_t kDepth = Format<kFormat>::kDepth;
-
-  Storage *keys, *values;
-  int64_t dim, positions;  // D, T'
-  int64_t ahead;           // bytes to the head that this rank attends with next
-
-  // x: dims [d, d + count) of the key at `position`.
-  void put_key(int64_t position, int64_t d, int64_t count, const float* x) const {
-    const int64_t steps = (dim + kDepth - 1) / kDepth;
-    put(keys + (position / kPanel * steps * kPanel + position % kPanel) * kDepth, kDepth,
-        kPanel * kDepth, d, count, x);
-  }
-  void put_value(int64_t position, int64_t d, int64_t count, const float* x) const {
-    put(values + position / kDepth * kPanel * kDepth + position % kDepth, kPanel,
-        kPanel * positions, d, count, x, kDepth);
-  }
-  PackedMatrix key_matrix() const { return matrix(keys, dim, dim, positions / kPanel); }
-  // Of the first n positions.
-  PackedMatrix value_matrix(int64_t n) const {
-    return matrix(values, n, positions, decode_align(dim) / kPanel);
-  }
-
- private:
-  // Element i of x to out[(d + i) / run * stride + (d + i) % run * step].
-  static void put(Storage* out, int64_t run, int64_t stride, int64_t d, int64_t count,
-                  const float* x, int64_t step = 1) {
-    int64_t outer = d / run * stride, inner = d % run;
-    for_columns<float>(count, [&](int64_t i, auto part) {
-      Storage elements[kLanes<float>];
-      store(elements, load(x + i, part));
-      for (int64_t j = 0; j < std::min<int64_t>(kLanes<float>, count - i); ++j) {
-        out[outer + inner * step] = elements[j];
-        if (++inner == run) inner = 0, outer += stride;
-      }
-    });
-  }
-  PackedMatrix matrix(const Storage* data, int64_t depth, int64_t whole_depth,
-                      int64_t panels) const {
-    return {reinterpret_cast<const std::byte*>(data),
-            nullptr,
-            nullptr,
-            nullptr,
-            depth,
-            panels,
-            (whole_depth + kDepth - 1) / kDepth * kDepth * kPanel *
-                static_cast<int64_t>(sizeof(Storage)),
-            ahead};
-  }
-};
-
-// Scores of n keys become exp2(factor (s - max)), zeros up to `end`; returns 1 / their sum.
-inline float softmax_row(float* scores, int64_t n, int64_t end, float factor) {
+// Scores of n keys become Elements of exp2(factor (s - max)), zeros up to `end`, where they are;
+// returns 1 / their sum.
+template <class F>
+float softmax_row(float* scores, int64_t n, int64_t end, float factor) {
   std::fill(scores + n, scores + end, -std::numeric_limits<float>::infinity());
   Vec<float> largest = load(scores), total{};
   for (int64_t t = 0; t < end; t += kLanes<float>)
@@ -74,7 +20,7 @@ inline float softmax_row(float* scores, int64_t n, int64_t end, float factor) {
   const float max = reduce_max<float>(largest);
   for (int64_t t = 0; t < end; t += kLanes<float>) {
     const Vec<float> weight = exp2((load(scores + t) - max) * factor);
-    store(scores + t, weight);
+    F::put(reinterpret_cast<typename F::Element*>(scores) + t, weight);
     total += weight;
   }
   return 1 / reduce_sum<float>(total);
@@ -82,17 +28,16 @@ inline float softmax_row(float* scores, int64_t n, int64_t end, float factor) {
 
 struct AttentionScratch {
   float *scores, *out, *inverse;  // (6, T'), (6, D'), (6)
-  OperandScratch queries, weights;
+  OperandScratch queries;
   size_t bytes;
 
   AttentionScratch(std::byte* memory, int64_t positions, int64_t dim)
-      : queries(nullptr, dim, kTileRows), weights(nullptr, positions, kTileRows) {
+      : queries(nullptr, dim, kTileRows) {
     Carver carver(memory);
     scores = carver.take<float>(kTileRows * positions);
     out = carver.take<float>(kTileRows * decode_align(dim));
     inverse = carver.take<float>(kTileRows);
     queries = OperandScratch(carver.take<std::byte>(queries.bytes), dim, kTileRows);
-    weights = OperandScratch(carver.take<std::byte>(weights.bytes), positions, kTileRows);
     bytes = carver.used();
   }
 };
@@ -129,25 +74,38 @@ class Decoder {
 
     const Operands normed = operands(rank, x_rows(0, rows.count, &b.norm1), model_.dim);
     const Range part = this->part(rank, kept, b.qkv.panel_count);
-    multiply(normed, rows.count, b.qkv, part, {ProductOut::kStore, qkv_, qkv_row()});
-    cache_columns(rows, index, part);
-    if (count == 0) return;
+    multiply(normed, rows.count, b.qkv, part, {ProductOut::kStore, qkv_, qkv_row()},
+             ahead(rank, b.projection));
     multiply(normed.from(first), count, b.qkv, this->part(rank, 0, kept),
-             {ProductOut::kStore, qkv_ + first * qkv_row(), qkv_row()});
+             {ProductOut::kStore, qkv_ + first * qkv_row(), qkv_row()}, ahead(rank, b.projection));
     rank.meet();
-    attend(rank, rows, index, first);
+    const bool alone = rows.count == finals;  // rows, so that whoever attends puts the key, too
+    if (!alone) {
+      for_heads(rank, rows, 0, rows.count, [&](int64_t i, int64_t run, int64_t h) {
+        keep(i, run, rows.position[i], h, head_cache(index, rows.sequence[i], h));
+      });
+      if (count == 0) return;
+      rank.meet();
+    }
+    for_heads(rank, rows, first, kTileRows, [&](int64_t i, int64_t run, int64_t h) {
+      const auto cache = head_cache(index, rows.sequence[i], h, run == 1 ? rank.size : 0);
+      if (alone) keep(i, run, rows.position[i], h, cache);
+      attend_run(i, run, rows.position[i], h, cache, scratch(rank));
+    });
     rank.meet();
-    const auto layer = [&](const ProductRows& in, const PackedMatrix& m, const ProductOut& out) {
+    const auto layer = [&](const ProductRows& in, const PackedMatrix& m, const ProductOut& out,
+                           const PackedMatrix& next) {
       const Operands ready = operands(rank, in, m.depth);
-      multiply(ready, count, m, this->part(rank, 0, m.panel_count), out);
+      multiply(ready, count, m, this->part(rank, 0, m.panel_count), out, ahead(rank, next));
       rank.meet();
     };
     const ProductOut onto_x{ProductOut::kAdd, x_ + first * x_row(), x_row()};
     float* hidden = hidden_ + first * hidden_row();
-    layer({attended_ + first * x_row(), count, x_row(), nullptr, 0}, b.projection, onto_x);
+    layer({attended_ + first * x_row(), count, x_row(), nullptr, 0}, b.projection, onto_x, b.up);
     layer(x_rows(first, count, &b.norm2), b.up,
-          {ProductOut::kActivate, hidden, hidden_row(), model_.activation});
-    layer({hidden, count, hidden_row(), nullptr, 0}, b.down, onto_x);
+          {ProductOut::kActivate, hidden, hidden_row(), model_.activation}, b.down);
+    layer({hidden, count, hidden_row(), nullptr, 0}, b.down, onto_x,
+          last ? packed_.vocab : packed_.block(index + 1).qkv);
   }
 
   // Logits (finals, V') of the last rows.
@@ -194,19 +152,26 @@ class Decoder {
     const OperandScratch to = few ? own : OperandScratch(shared_, depth, in.count);
     const Range rows = few ? Range{0, in.count} : rank.part(0, in.count);
     Operands ready;
-    bool wait = !few;
     dispatch_format(model_.format, [&](auto format) {
-      ready = prepare<decltype(format)>(in, depth, rows, to, own.normed);
-      wait &= !are_operands<decltype(format)>(in);
+      using F = decltype(format);
+      if (F::kByElement && !in.norm) {
+        ready = {in.x, to.scale, in.stride};
+      } else {
+        ready = prepare<F>(in, depth, rows, to, own.normed);
+        if (!few) rank.meet();
+      }
     });
-    if (wait) rank.meet();
     return ready;
   }
   void multiply(const Operands& rows, int64_t count, const PackedMatrix& m, Range panels,
-                const ProductOut& out) const {
+                const ProductOut& out, PanelsAhead next = {}) const {
     dispatch_format(model_.format, [&](auto format) {
-      product_typed<decltype(format)>(rows, count, m, panels, out);
+      product_typed<decltype(format)>(rows, count, m, panels, out, next);
     });
+  }
+  // This rank's part of a product to come.
+  static PanelsAhead ahead(const Rank& rank, const PackedMatrix& m) {
+    return {m.panels + part(rank, 0, m.panel_count).begin * m.panel_bytes, m.panel_bytes};
   }
   // This rank's part of the panels: whole groups, where nobody has much more of them than others.
   static Range part(const Rank& rank, int64_t begin, int64_t end) {
@@ -230,38 +195,28 @@ class Decoder {
                 static_cast<int64_t>(sizeof(Storage))};
   }
 
-  // Copies the keys and values among the panels' columns of q, k and v to the cache.
-  void cache_columns(const DecodeRows& rows, int64_t index, Range panels) const {
-    const int64_t dim = model_.dim, end = std::min(panels.end * kPanel, 3 * dim);
-    for (int64_t i = 0; i < rows.count; ++i)
-      for (int64_t c = std::max(panels.begin * kPanel, dim); c < end;) {
-        const int64_t h = c % dim / head_dim(), d = c % head_dim();
-        const int64_t run = std::min(head_dim() - d, end - c);
-        const HeadCache<Storage> cache = head_cache(index, rows.sequence[i], h);
-        const float* x = qkv_ + i * qkv_row() + c;
-        if (c < 2 * dim)
-          cache.put_key(rows.position[i], d, run, x);
-        else
-          cache.put_value(rows.position[i], d, run, x);
-        c += run;
-      }
-  }
-
-  // Rows from `first` on attend, in runs of neighbours of one sequence. Every rank takes every
-  // ranks'th pair of a run and a head, for late rows see more keys than early ones.
-  void attend(const Rank& rank, const DecodeRows& rows, int64_t index, int64_t first) const {
+  // f(i, run, h) for a share of the heads of rows from `first` on, these in runs of neighbours of
+  // one sequence: every ranks'th pair of a run and a head, for late rows see more keys than early
+  // ones.
+  template <class F>
+  void for_heads(const Rank& rank, const DecodeRows& rows, int64_t first, int64_t longest_run,
+                 const F& f) const {
     int64_t task = 0;
     for (int64_t i = first, run = 0; i < rows.count; i += run) {
-      for (run = 1; run < kTileRows && i + run < rows.count &&
+      for (run = 1; run < longest_run && i + run < rows.count &&
                     rows.sequence[i + run] == rows.sequence[i] &&
                     rows.position[i + run] == rows.position[i] + run;)
         ++run;
       for (int64_t h = 0; h < model_.heads; ++h)
-        if (task++ % rank.size == rank.index)
-          attend_run(i, run, rows.position[i], h,
-                     head_cache(index, rows.sequence[i], h, run == 1 ? rank.size : 0),
-                     scratch(rank));
+        if (task++ % rank.size == rank.index) f(i, run, h);
     }
+  }
+
+  // Copies the keys and values of rows [i, i + run), at `position` and after it, to the cache.
+  void keep(int64_t i, int64_t run, int64_t position, int64_t h,
+            const HeadCache<Storage>& cache) const {
+    const float* keys = qkv_ + i * qkv_row() + model_.dim + h * cache.dim;
+    cache.put(position, run, keys, keys + model_.dim, qkv_row());
   }
 
   // Rows [i, i + run), at `position` and after it.
@@ -278,23 +233,28 @@ class Decoder {
                      {ProductOut::kRaw, s.scores, cache.positions});
     for (int64_t r = 0; r < run; ++r)
       s.inverse[r] =
-          softmax_row(s.scores + r * cache.positions, position + r + 1, panels * kPanel, factor);
+          softmax_row<F>(s.scores + r * cache.positions, position + r + 1, panels * kPanel, factor);
     const PackedMatrix values = cache.value_matrix(keys);
-    const Operands weights = prepare<F>({s.scores, run, cache.positions, nullptr, 0}, keys,
-                                        {0, run}, s.weights, nullptr);
-    product_typed<F>(weights, run, values, {0, values.panel_count},
-                     {ProductOut::kRaw, s.out, decode_align(cache.dim)});
-    for (int64_t r = 0; r < run; ++r)
-      for_columns<float>(cache.dim, [&](int64_t d, auto part) {
-        store(attended_ + (i + r) * x_row() + h * cache.dim + d,
-              load(s.out + r * decode_align(cache.dim) + d, part) * s.inverse[r], part);
-      });
+    product_typed<F>({s.scores, s.queries.scale, cache.positions}, run, values,
+                     {0, values.panel_count}, {ProductOut::kRaw, s.out, decode_align(cache.dim)});
+    dispatch_format(model_.format, [&](auto format) {
+      for (int64_t r = 0; r < run; ++r) {
+        auto* row =
+            reinterpret_cast<typename decltype(format)::Element*>(attended_ + (i + r) * x_row());
+        for_columns<float>(cache.dim, [&](int64_t d, auto part) {
+          store(row + h * cache.dim + d,
+                load(s.out + r * decode_align(cache.dim) + d, part) * s.inverse[r], part);
+        });
+        if (h + 1 == model_.heads && model_.dim % 2 != 0) row[model_.dim] = {};
+      }
+    });
   }
 
   PackedModel packed_;
   const DecodeModel& model_;
   DecodeCache cache_;
-  // (R, C') the residual stream, (R, 3 C padded), (R, C'), (R, h')
+  // (R, C') the residual stream, (R, 3 C padded); as the weight format's Elements, in rows of
+  // words: (R, C'), (R, h')
   float *x_, *qkv_, *attended_, *hidden_;
   std::byte* shared_;   // operands
   std::byte* scratch_;  // (ranks, scratch_bytes)

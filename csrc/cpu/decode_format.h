@@ -2,7 +2,9 @@
 //
 // A step of k takes kDepth elements. A row is prepared as operands, kParts a step; weights<part>
 // reads the weights of a vector of outputs that meet one of them; sums are kept apart for parts
-// that are worth different amounts, where kSums is 2; finish makes float32 of them.
+// that are worth different amounts, where kSums is 2; finish makes float32 of them. Where
+// kByElement, a row of operands is one of Elements, put there as they come; a row of an odd depth
+// has a zero after it.
 
 namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
@@ -19,7 +21,9 @@ template <>
 struct Format<WeightFormat::kFloat32> {
   using Stored = float;
   using Operand = float;
+  using Element = float;
   using Sum = float;
+  static constexpr bool kByElement = true;
   static constexpr int kDepth = 1;  // elements of k a step
   static constexpr int kParts = 1;  // operands a step
   static constexpr int kSums = 1;   // a vector of outputs
@@ -33,6 +37,7 @@ struct Format<WeightFormat::kFloat32> {
   GPT_EXT_INLINE static Vec<float> finish(const Vec<float>* sum, float, OutputScales) {
     return *sum;
   }
+  GPT_EXT_INLINE static void put(Element* p, Vec<float> x) { store(p, x); }
   static float prepare(const float* x, int64_t depth, Operand* out) {
     std::memcpy(out, x, depth * sizeof *x);
     return 1;
@@ -43,10 +48,12 @@ template <>
 struct Format<WeightFormat::kBFloat16> {
   using Stored = bf16;
   using Sum = float;
+  static constexpr bool kByElement = true;
   static constexpr int kDepth = 2;
   static constexpr int kSums = 1;
 #if GPT_EXT_BF16_DOT
   using Operand = uint32_t;  // a pair of bf16
+  using Element = bf16;
   static constexpr int kParts = 1;
   template <int part>
   GPT_EXT_INLINE static Vec<uint32_t> weights(const Stored* p) {
@@ -57,17 +64,19 @@ struct Format<WeightFormat::kBFloat16> {
   GPT_EXT_INLINE static Vec<float> multiply_add(Vec<uint32_t> a, Vec<uint32_t> w, Vec<float> sum) {
     return Bf16Pairs::multiply_add(a, w, sum);
   }
+  GPT_EXT_INLINE static void put(Element* p, Vec<float> x) {
+    const auto rounded = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(p, &rounded, sizeof rounded);
+  }
   static float prepare(const float* x, int64_t depth, Operand* out) {
     auto* halves = reinterpret_cast<bf16*>(out);
-    for_columns<float>(depth, [&](int64_t k, auto part) {
-      const auto rounded = _mm512_cvtneps_pbh((__m512)load(x + k, part));
-      std::memcpy(halves + k, &rounded, sizeof rounded);
-    });
+    for_columns<float>(depth, [&](int64_t k, auto part) { put(halves + k, load(x + k, part)); });
     halves[depth] = bf16{};  // the second half of the last step, if odd
     return 1;
   }
 #else
   using Operand = float;
+  using Element = float;
   static constexpr int kParts = 2;
   template <int part>
   GPT_EXT_INLINE static Vec<float> weights(const Stored* p) {
@@ -78,6 +87,7 @@ struct Format<WeightFormat::kBFloat16> {
   GPT_EXT_INLINE static Vec<float> multiply_add(Vec<float> a, Vec<float> w, Vec<float> sum) {
     return a * w + sum;
   }
+  GPT_EXT_INLINE static void put(Element* p, Vec<float> x) { store(p, x); }
   static float prepare(const float* x, int64_t depth, Operand* out) {
     std::memcpy(out, x, depth * sizeof *x);
     out[depth] = 0;  // the second half of the last step, where depth is odd
@@ -95,6 +105,8 @@ template <>
 struct Format<WeightFormat::kInt8> {
   using Stored = int8_t;
   using Sum = int32_t;
+  using Element = float;
+  static constexpr bool kByElement = false;
   static constexpr int kDepth = 4;
   static constexpr int kParts = 2;
   using Words = typename VectorOf<int16_t, kVectorBytes<float>>::type;
@@ -167,6 +179,7 @@ struct Format<WeightFormat::kInt8> {
     return __builtin_convertvector(total(sum, outputs.sum), Vec<float>) *
            (load(outputs.scale) * row_scale);
   }
+  GPT_EXT_INLINE static void put(Element* p, Vec<float> x) { store(p, x); }
   // Rounds x to integers whose sum over k cannot overflow; returns what one of them is worth. What
   // lies beyond x meets weights of 0.
   static float prepare(const float* x, int64_t depth, Operand* out) {

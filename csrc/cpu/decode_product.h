@@ -17,16 +17,22 @@ struct TileWeights {
   OutputScales outputs;
 };
 
-// At each step of k a tile may ask for the same step of as many panels elsewhere, for tiles to
-// come: all, or of many rows half, for then there is more than one tile to ask.
+// Panels side by side, `stride` bytes each, for tiles to come; null where none are known.
+struct PanelsAhead {
+  const std::byte* panel = nullptr;
+  int64_t stride = 0;
+};
+
+// At each step of k a tile may ask for the same step of as many panels elsewhere: all, or of many
+// rows half, for then there is more than one tile to ask.
 template <int kRows, int kPanels>
 constexpr int kAheadPanels = kRows == 1 ? kPanels : (kPanels + 1) / 2;
 constexpr int64_t kLineBytes = 64;
 
-// out (kRows, kPanels * 16) = rows a times the panels. `ahead`: the first panel asked for, or null.
+// out (kRows, kPanels * 16) = rows a times the panels.
 template <class F, int kRows, int kPanels>
 __attribute__((noinline)) void tile(const typename F::Operand* const* a, const float* row_scale,
-                                    const TileWeights<F>& w, const std::byte* ahead, float* out) {
+                                    const TileWeights<F>& w, PanelsAhead ahead, float* out) {
   using Sum = typename F::Sum;
   using Operand = typename F::Operand;
   constexpr int kVectors = kPanels * kPanelVectors;
@@ -49,13 +55,16 @@ __attribute__((noinline)) void tile(const typename F::Operand* const* a, const f
     }
   };
   for (int64_t k = 0; k < w.steps; ++k) {
-    if ((kRows == 1 || kRows == kTileRows) && ahead)
+    if ((kRows == 1 || kRows == kTileRows) && ahead.panel)
       for (int p = 0; p < kAheadPanels<kRows, kPanels>; ++p)
-        __builtin_prefetch(ahead + p * stride * sizeof(typename F::Stored) + k * kLineBytes, 0, 2);
+        __builtin_prefetch(ahead.panel + p * ahead.stride + k * kLineBytes, 0, 2);
     step_part.template operator()<0>(k);
     if constexpr (F::kParts == 2) step_part.template operator()<1>(k);
   }
+  // Unrolled at once: else the sums stay in memory.
+#pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v)
       store(out + (r * kVectors + v) * kLanes<float>,
             F::finish(sum[r][v], row_scale[r],
@@ -84,7 +93,7 @@ inline void normalise(const float* x, int64_t dim, const PackedNorm& norm, float
 }
 
 // What becomes of a product's rows: into y (rows, stride) as they are, or, bias added, into y, onto
-// y, or through the activation into y.
+// y, or through the activation into y, there as the format's Elements.
 struct ProductOut {
   enum Finish { kRaw, kStore, kAdd, kActivate } finish;
   float* y;
@@ -92,24 +101,28 @@ struct ProductOut {
   Activation activation = Activation::kRelu;
 };
 
-// n sums, whole panels, to `to`.
-inline void finish_row(const ProductOut& out, const float* sums, const float* bias, int64_t n,
-                       float* to) {
+// n sums, whole panels, to columns from `first` on of `row`.
+template <class F>
+void finish_row(const ProductOut& out, const float* sums, const float* bias, int64_t n, float* row,
+                int64_t first) {
+  float* to = row + first;
   const auto each = [&](const auto& f) __attribute__((always_inline)) {
-    for (int64_t c = 0; c < n; c += kLanes<float>)
-      store(to + c, f(load(sums + c) + load(bias + c), c));
+    for (int64_t c = 0; c < n; c += kLanes<float>) f(load(sums + c) + load(bias + c), c);
   };
   switch (out.finish) {
     case ProductOut::kRaw:
       std::memcpy(to, sums, n * sizeof *to);
       return;
     case ProductOut::kStore:
-      return each([](Vec<float> z, int64_t) { return z; });
+      return each([&](Vec<float> z, int64_t c) { store(to + c, z); });
     case ProductOut::kAdd:
-      return each([&](Vec<float> z, int64_t c) { return load(to + c) + z; });
+      return each([&](Vec<float> z, int64_t c) { store(to + c, load(to + c) + z); });
     case ProductOut::kActivate:
+      auto* elements = reinterpret_cast<typename F::Element*>(row) + first;
       return dispatch_activation(out.activation, [&](auto activation) {
-        each([=](Vec<float> z, int64_t) { return activate<activation(), float>(z); });
+        each([&](Vec<float> z, int64_t c) {
+          F::put(elements + c, activate<activation(), float>(z));
+        });
       });
   }
 }
@@ -139,17 +152,13 @@ struct OperandScratch {
   }
 };
 
-// Whether rows are operands as they are.
-template <class F>
-bool are_operands(const ProductRows& in) {
-  return std::is_same_v<F, Format<WeightFormat::kFloat32>> && !in.norm;
-}
-
-// Prepares some of the rows; the caller's own `normed` serves each in turn.
+// Prepares some of the rows; the caller's own `normed` serves each in turn. Rows of float32 may be
+// operands as they are.
 template <class F>
 Operands prepare(const ProductRows& in, int64_t depth, Range rows, const OperandScratch& to,
                  float* normed) {
-  if (are_operands<F>(in)) return {in.x, to.scale, in.stride};
+  if (std::is_same_v<F, Format<WeightFormat::kFloat32>> && !in.norm)
+    return {in.x, to.scale, in.stride};
   for (int64_t i = rows.begin; i < rows.end; ++i) {
     const float* x = in.x + i * in.stride;
     if (in.norm) normalise(x, depth, *in.norm, in.eps, normed);
@@ -162,10 +171,19 @@ Operands prepare(const ProductRows& in, int64_t depth, Range rows, const Operand
 // Bytes of a block of rows: it stays in L2 beside a group of panels.
 constexpr int64_t kBlockBytes = 192 * 1024;
 
-// Panels [panels.begin, panels.end) of the product of `count` rows.
+// f<kPanels>(p) for panels from p on, as many a time as there are; then for fewer.
+template <int kPanels, class F>
+void by_panels(Range panels, const F& f) {
+  for (; panels.end - panels.begin >= kPanels; panels.begin += kPanels)
+    f.template operator()<kPanels>(panels.begin);
+  if constexpr (kPanels > 1)
+    if (panels.begin < panels.end) by_panels<kPanels - 1>(panels, f);
+}
+
+// Panels [panels.begin, panels.end) of the product of `count` rows; `next`: of the product to come.
 template <class F>
 void product_typed(const Operands& rows, int64_t count, const PackedMatrix& m, Range panels,
-                   const ProductOut& out) {
+                   const ProductOut& out, PanelsAhead next = {}) {
   using Stored = typename F::Stored;
   using Operand = typename F::Operand;
   const int64_t steps = (m.depth + F::kDepth - 1) / F::kDepth;
@@ -186,39 +204,36 @@ void product_typed(const Operands& rows, int64_t count, const PackedMatrix& m, R
       const Stored* panel = reinterpret_cast<const Stored*>(m.panels) + p * stride;
       // The first tiles of many rows share in asking for the next panels.
       constexpr int64_t kAsked = kAheadPanels<kRows, kPanels>;
-      const std::byte* ahead = nullptr;
-      if (m.ahead != 0)
-        ahead = reinterpret_cast<const std::byte*>(panel) + m.ahead;
-      else if (block > kTileRows && i * kAsked < kPanels * kTileRows && p + kPanels < panels.end)
-        ahead =
-            reinterpret_cast<const std::byte*>(panel + (kPanels + i / kTileRows * kAsked) * stride);
+      PanelsAhead ahead;
+      const std::byte* here = m.panels + p * m.panel_bytes;
+      if (m.ahead != 0) {
+        ahead = {here + m.ahead, m.panel_bytes};
+      } else if (block > kTileRows && i * kAsked < kPanels * kTileRows) {
+        if (p + kPanels < panels.end)
+          ahead = {here + kPanels * m.panel_bytes, m.panel_bytes};
+        else if (i0 + block == count)
+          ahead = next;
+        if (ahead.panel) ahead.panel += i / kTileRows * kAsked * ahead.stride;
+      }
       tile<F, kRows, kPanels>(a, row_scale,
                               {panel, stride, steps, {m.scale + p * kPanel, m.sum + p * kPanel}},
                               ahead, sums);
       const int64_t columns = std::min(kPanels * kPanel, out.stride - p * kPanel);
       for (int64_t r = 0; r < std::min<int64_t>(kRows, block - i); ++r)
-        finish_row(out, sums + r * kPanels * kPanel, m.bias + p * kPanel, columns,
-                   out.y + (i0 + i + r) * out.stride + p * kPanel);
+        finish_row<F>(out, sums + r * kPanels * kPanel, m.bias + p * kPanel, columns,
+                      out.y + (i0 + i + r) * out.stride, p * kPanel);
     };
+    const auto one = [&]<int kPanels>(int64_t p) { run.template operator()<1, kPanels>(p, 0); };
     const auto many = [&]<int kPanels>(int64_t p) {
       int64_t i = 0;
       for (; block - i >= 5; i += 6) run.template operator()<6, kPanels>(p, i);
       for (; block - i >= 3; i += 4) run.template operator()<4, kPanels>(p, i);
       if (block - i > 0) run.template operator()<2, kPanels>(p, i);
     };
-    const auto one = [&]<int kPanels>(const auto& self, int64_t p) {
-      for (; panels.end - p >= kPanels; p += kPanels) run.template operator()<1, kPanels>(p, 0);
-      if constexpr (kPanels > 1)
-        if (p < panels.end) self.template operator()<kPanels - 1>(self, p);
-    };
-    if (block == 1) {
-      one.template operator()<kOneRowPanels>(one, panels.begin);
-    } else {
-      constexpr int kPanels = kManyRowsPanels<F>;
-      int64_t p = panels.begin;
-      for (; panels.end - p >= kPanels; p += kPanels) many.template operator()<kPanels>(p);
-      for (; p < panels.end; ++p) many.template operator()<1>(p);
-    }
+    if (block == 1)
+      by_panels<kOneRowPanels>(panels, one);
+    else
+      by_panels<kManyRowsPanels<F>>(panels, many);
   }
 }
 

@@ -24,6 +24,7 @@ void decode_generate(Cpu, const DecodeGenerate& p) { GPT_EXT_CALL_LEVEL(decode_g
 #include "cpu/decode_format.h"
 #include "cpu/decode_product.h"
 #include "cpu/decode_sample.h"
+#include "cpu/decode_cache.h"
 #include "cpu/decode_blocks.h"
 // clang-format on
 

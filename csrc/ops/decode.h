@@ -57,8 +57,8 @@ constexpr int64_t decode_align(int64_t n) {
   return (n + kDecodeAlign - 1) / kDecodeAlign * kDecodeAlign;
 }
 
-// (L, B, H, T', D') elements each, T' and D' the position and D rounded up to kDecodeAlign; zero
-// before their first use. How a head's positions lie is the backend's own.
+// (L, B, H, T', D') elements each, T' and D' the positions and D rounded up to kDecodeAlign; values
+// in bfloat16 finite before their first use. How a head's positions lie is the backend's own.
 struct DecodeCache {
   void *keys, *values;
   DType dtype;                   // float32 or bfloat16

@@ -51,9 +51,11 @@ class Cache(NamedTuple):
         form: WeightFormat,
     ) -> Cache:  # fmt: skip
         """For so many sequences and positions: float32 beside float32 weights, else bfloat16."""
-        dtype = torch.float32 if form == "float32" else torch.bfloat16
         shape = (blocks, sequences, heads, aligned(positions), aligned(head_size))
-        return cls(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
+        if form == "float32":
+            return cls(torch.empty(shape), torch.empty(shape))
+        keys = torch.empty(shape, dtype=torch.bfloat16)
+        return cls(keys, torch.zeros_like(keys))  # zeros, as a step of k takes two values
 
 
 def forward(

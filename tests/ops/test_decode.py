@@ -122,6 +122,19 @@ def test_runs_of_blocks_one_after_the_other_are_all_blocks(form: decode.WeightFo
 
 
 @pytest.mark.parametrize("form", decode.FORMATS)
+def test_what_a_cache_held_before_does_not_matter(form: decode.WeightFormat) -> None:
+    model = Model(dim=33)
+    tokens = torch.randint(model.vocab, (2, 25))
+    packed, rows, logits = model.packed(form), rows_of(tokens), []
+    for keys, values in ((0.0, 0.0), (math.nan, math.nan if form == "float32" else 1e30)):
+        cache = model.cache(2, form)
+        cache.keys.fill_(keys)
+        cache.values.fill_(values)
+        logits.append(decode.generate(packed, cache, rows, 2, 5)[1][:, : model.vocab])
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("form", decode.FORMATS)
 @pytest.mark.parametrize("damage", [math.nan, math.inf])
 def test_a_weight_that_is_not_finite_gives_an_error(
     damage: float, form: decode.WeightFormat
