@@ -12,6 +12,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from enum import EnumMeta
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,12 @@ class _Reader(dcp.FileSystemReader):
         return metadata
 
 
+def _member(owner: object, name: str) -> Any:
+    if isinstance(owner, EnumMeta) and name in list(owner.__members__):
+        return owner[name]
+    raise pickle.UnpicklingError("it would run builtins.getattr")
+
+
 class _Unpickler(pickle.Unpickler):
     ALLOWED = frozenset({
         "pathlib.PosixPath",
@@ -133,6 +140,8 @@ class _Unpickler(pickle.Unpickler):
     })  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member  # Python 3.11.0 to 3.11.3 name the members of an enum by it
         if f"{module}.{name}" not in self.ALLOWED:
             raise pickle.UnpicklingError(f"it would run {module}.{name}")
         return super().find_class(module, name)

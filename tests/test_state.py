@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,23 @@ def test_tensors_of_another_shape_or_name_are_told(tmp_path: Path) -> None:
     for other in ({"weight": torch.zeros(3, 5)}, {"bias": torch.zeros(3)}):
         with pytest.raises(UserError, match=r"00000005 is damaged: .*(weight|bias)"):
             state.load(tmp_path, other, World())
+
+
+class ByName(pickle.Pickler):
+    """Names an enum's members as Python 3.11.0 to 3.11.3 do."""
+
+    def reducer_override(self, thing: object) -> Any:
+        return (getattr, (type(thing), thing.name)) if isinstance(thing, Enum) else NotImplemented
+
+
+def test_what_the_first_pythons_3_11_wrote_is_read(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    metadata = tmp_path / "checkpoints/00000005/.metadata"
+    content = pickle.loads(metadata.read_bytes())
+    with open(metadata, "wb") as file:
+        ByName(file).dump(content)
+    assert b"getattr" in metadata.read_bytes()
+    loaded(tmp_path)
 
 
 class Evil:
