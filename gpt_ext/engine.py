@@ -233,13 +233,14 @@ class Slots:
         if rows.shape[1] * flops * blocks <= CALL_FLOPS:
             return rows
         early, final = rows.split([rows.shape[1] - finals, finals], dim=1)
-        for part in early.split(max(16, int(CALL_FLOPS / flops)), dim=1):
-            piece = part.contiguous()
-            x = torch.empty(piece.shape[1], decode.aligned(self.engine.config.model_dim))
-            run = max(1, int(CALL_FLOPS / (max(1, piece.shape[1]) * flops)))
-            for block in range(0, blocks, run):
+        parts = [part.contiguous() for part in early.split(max(16, int(CALL_FLOPS / flops)), dim=1)]
+        width = decode.aligned(self.engine.config.model_dim)
+        streams = [torch.empty(part.shape[1], width) for part in parts]
+        run = max(1, int(CALL_FLOPS / (max(1, parts[0].shape[1]) * flops)))
+        for block in range(0, blocks, run):
+            for x, part in zip(streams, parts, strict=True):  # a block's weights stay in cache
                 end = min(block + run, blocks)
-                decode.forward(x, self.engine.packed, self.cache, piece, block, end)
+                decode.forward(x, self.engine.packed, self.cache, part, block, end)
         return final.contiguous()
 
     def give_back(self, used: int) -> None:

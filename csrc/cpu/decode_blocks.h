@@ -3,9 +3,9 @@
 //
 // Each product is cut by its outputs, so that every sum is one rank's and its order is fixed. A
 // block has five barriers: after q, k and v; after attention, cut by rows and heads; after the
-// projection; after the hidden layer; and after its second product. A sixth, after the keys and
-// values are kept, is for sequences of more rows than one. A few rows are made operands by each
-// rank for itself; many are shared out, with a barrier before the product.
+// projection; after the hidden layer; and after its second product; and one more before attention
+// where sequences have more rows than one. A few rows are made operands by each rank for itself;
+// many are shared out, with a barrier before the product.
 
 namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
@@ -70,33 +70,29 @@ class Decoder {
     const PackedBlock b = packed_.block(index);
     const bool last = index + 1 == model_.blocks;
     const int64_t first = last ? rows.count - finals : 0, count = rows.count - first;
-    const int64_t kept = last ? model_.dim / (kGroup * kPanel) * kGroup : 0;  // beyond queries
+    const int64_t queries = last ? model_.dim / (kGroup * kPanel) * kGroup : 0;  // panels of them
 
     const Operands normed = operands(rank, x_rows(0, rows.count, &b.norm1), model_.dim);
-    const Range part = this->part(rank, kept, b.qkv.panel_count);
-    multiply(normed, rows.count, b.qkv, part, {ProductOut::kStore, qkv_, qkv_row()},
-             ahead(rank, b.projection));
-    multiply(normed.from(first), count, b.qkv, this->part(rank, 0, kept),
-             {ProductOut::kStore, qkv_ + first * qkv_row(), qkv_row()}, ahead(rank, b.projection));
+    const PanelsAhead next = ahead(rank, b.projection);
+    multiply(normed, rows.count, b.qkv, part(rank, queries, b.qkv.panel_count),
+             {ProductOut::kStore, qkv_, qkv_row()}, next);
+    multiply(normed.from(first), count, b.qkv, part(rank, 0, queries),
+             {ProductOut::kStore, qkv_ + first * qkv_row(), qkv_row()}, next);
     rank.meet();
-    const bool alone = rows.count == finals;  // rows, so that whoever attends puts the key, too
-    if (!alone) {
+    const bool one_each = rows.count == finals;
+    if (!one_each) {  // they see each other's keys
       for_heads(rank, rows, 0, rows.count, [&](int64_t i, int64_t run, int64_t h) {
         keep(i, run, rows.position[i], h, head_cache(index, rows.sequence[i], h));
       });
       if (count == 0) return;
       rank.meet();
     }
-    for_heads(rank, rows, first, kTileRows, [&](int64_t i, int64_t run, int64_t h) {
-      const auto cache = head_cache(index, rows.sequence[i], h, run == 1 ? rank.size : 0);
-      if (alone) keep(i, run, rows.position[i], h, cache);
-      attend_run(i, run, rows.position[i], h, cache, scratch(rank));
-    });
+    attend(rank, rows, index, first, one_each);
     rank.meet();
     const auto layer = [&](const ProductRows& in, const PackedMatrix& m, const ProductOut& out,
-                           const PackedMatrix& next) {
+                           const PackedMatrix& after) {
       const Operands ready = operands(rank, in, m.depth);
-      multiply(ready, count, m, this->part(rank, 0, m.panel_count), out, ahead(rank, next));
+      multiply(ready, count, m, part(rank, 0, m.panel_count), out, ahead(rank, after));
       rank.meet();
     };
     const ProductOut onto_x{ProductOut::kAdd, x_ + first * x_row(), x_row()};
@@ -217,6 +213,16 @@ class Decoder {
             const HeadCache<Storage>& cache) const {
     const float* keys = qkv_ + i * qkv_row() + model_.dim + h * cache.dim;
     cache.put(position, run, keys, keys + model_.dim, qkv_row());
+  }
+
+  // Rows from `first` on attend; where there is one of each sequence, its key is put there first.
+  void attend(const Rank& rank, const DecodeRows& rows, int64_t index, int64_t first,
+              bool one_each) const {
+    for_heads(rank, rows, first, kTileRows, [&](int64_t i, int64_t run, int64_t h) {
+      const auto cache = head_cache(index, rows.sequence[i], h, run == 1 ? rank.size : 0);
+      if (one_each) keep(i, run, rows.position[i], h, cache);
+      attend_run(i, run, rows.position[i], h, cache, scratch(rank));
+    });
   }
 
   // Rows [i, i + run), at `position` and after it.

@@ -106,6 +106,8 @@ DecodeCache checked_cache(const Tensor& keys, const Tensor& values, const Decode
   const DType dtype = dtype_of<Cpu>(keys, "keys");
   check(dtype == DType::kFloat32 || dtype == DType::kBFloat16, "keys have dtype ",
         torch::headeronly::toString(keys.scalar_type()), ", expected float32 or bfloat16");
+  for (const Tensor* part : {&keys, &values})  // their pages may be touched here for the first time
+    prefer_huge_pages(part->mutable_data_ptr(), part->numel() * part->element_size());
   return {keys.mutable_data_ptr(), values.mutable_data_ptr(), dtype, sequences, positions};
 }
 
