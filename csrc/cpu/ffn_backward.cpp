@@ -51,8 +51,8 @@ void row_gradients(const FfnBackward& p, const G* g, typename Arithmetic<Product
   };
   const auto run = [&](const Epilogue<E>& epilogue) {
     input_gradient<E, X>(p, dz, h, static_cast<const Stream*>(p.w1), d, rows,
-                         static_cast<const Stream*>(p.dout), memory + Panels<E>::size(d, h), map,
-                         scratch(nullptr).bytes, [&](int64_t i, int64_t m, std::byte* memory) {
+                         static_cast<const Stream*>(p.dout), map, scratch(nullptr).bytes,
+                         [&](int64_t i, int64_t m, std::byte* memory) {
                            gemm_block<E>(i, m, 0, h, b, tiles, epilogue, scratch(memory));
                          });
   };
@@ -102,8 +102,7 @@ void ffn_gradients(const FfnBackward& p, const G* g, const Map& map) {
   const int64_t rows = p.problem.rows, d = p.problem.model_dim, h = p.problem.hidden_dim;
   const auto* x = static_cast<const X*>(p.x);          // (N, d)
   const auto* dz = static_cast<const Product*>(p.dz);  // (N, h)
-  Buffer<typename E::Operand> packed(
-      std::max(Panels<E>::size(d, h) + Panels<E>::size(h, d), Panels<E>::size(rows, d)));
+  Buffer<typename E::Operand> packed(std::max(Panels<E>::size(d, h), Panels<E>::size(rows, d)));
 
   if (p.dx || p.dnorm_weight || p.dnorm_bias || p.dw1 || p.db1)
     row_gradients<Stream, Product, X>(p, g, packed.get(), map);

@@ -185,14 +185,13 @@ struct TilesOfBlock : Callback<Tiles<typename E::Operand>, int64_t, int64_t, int
 template <class E>
 struct PanelBlocks
     : Callback<const typename E::Operand*, int64_t, int64_t, int64_t, typename E::Operand*> {
+  using Base =
+      Callback<const typename E::Operand*, int64_t, int64_t, int64_t, typename E::Operand*>;
   static constexpr int64_t kWidth = Panels<E>::kWidth;
   int64_t columns, steps;
 
   template <class F>
-  PanelBlocks(const F& f)
-      : Callback<const typename E::Operand*, int64_t, int64_t, int64_t, typename E::Operand*>(f),
-        columns(f.columns),
-        steps(f.steps) {}
+  PanelBlocks(const F& f) : Base(f), columns(f.columns), steps(f.steps) {}
   int64_t width(int64_t p) const { return Panels<E>{nullptr, columns, steps}.width(p); }
 };
 
@@ -266,6 +265,7 @@ auto tiles_of(Matrix<Storage> a, int64_t depth, const Map& map) {
   return touching(tiles, a.column == 1 ? Touched{} : touched(a.data, a.column));
 }
 
+// C in blocks, a task each: of all rows, or of as many as suit.
 template <class E>
 __attribute__((noinline)) void gemm_blocks(int64_t rows, const PanelBlocks<E>& b,
                                            const TilesOfBlock<E>& tiles,

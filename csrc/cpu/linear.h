@@ -68,9 +68,8 @@ Panels<E> pack_backward(const Stream* w, int64_t o, int64_t d, typename E::Opera
   return pack<E>(Matrix<Stream>{w, d, 1}, o, d, memory);
 }
 
-// Whether the weights are larger than their input: then they are read from memory once, packed by
-// the tasks that multiply them, and the input is read again and again, as the smaller one should
-// be.
+// Whether the weights are larger than their input. Then they are read from memory once, packed by
+// the tasks that multiply them, and the input again and again.
 inline bool weights_are_larger(int64_t rows, int64_t out_dim) { return out_dim > rows; }
 
 // map(x) (rows, columns) in memory.
@@ -109,19 +108,14 @@ void normed_product(const void* x, int64_t rows, int64_t d, const LayerNorm& nor
 
 // dx (N, d) of P (LinearBackward or FfnBackward) from dy = g W, for g (N, o) and w (o, d); through
 // the norm, plus `skip`, where map is one. before(i, m, memory) makes rows [i, i + m) of g, with
-// before_bytes of memory; dx is made of them while they are in cache.
+// before_bytes of memory; dx is made of them while they are in cache, but for larger weights.
 template <class E, class X, class P, class G, class Stream, class Map, class Before>
 void input_gradient(const P& p, const G* g, int64_t o, const Stream* w, int64_t d, int64_t rows,
-                    const Stream* skip, typename E::Operand* memory, const Map&,
-                    size_t before_bytes, const Before& before) {
+                    const Stream* skip, const Map&, size_t before_bytes, const Before& before) {
   constexpr bool kHasNorm = !std::is_same_v<Map, Unchanged>;
   const bool wanted = p.dx || p.dnorm_weight || p.dnorm_bias;
   Buffer<X> unwanted(wanted && !p.dx ? static_cast<size_t>(rows * d) : 0);
   X* dx = p.dx ? static_cast<X*>(p.dx) : unwanted.get();  // dy at first
-  Panels<E> b{};
-  const bool once = weights_are_larger(rows, o);
-  if (wanted && !once) b = pack_backward<E>(w, o, d, memory);
-  const auto tiles = tiles_of<E>(Matrix<G>{g, o, 1}, o, Unchanged{});
   const auto epilogue = store_to<typename E::Sum>(dx, d);
   const auto norm = [&] {
     if constexpr (kHasNorm)
@@ -129,20 +123,26 @@ void input_gradient(const P& p, const G* g, int64_t o, const Stream* w, int64_t 
     else
       return Unchanged{};
   }();
-  const auto scratch = [&](std::byte* memory) {
-    return BlockScratch<E>(memory, kBlockRows, d, steps_of_depth<E>(o));
-  };
-  parallel_for_rows<E>(rows, std::max(o, d), std::max(before_bytes, scratch(nullptr).bytes),
-                       [&](int64_t i, int64_t m, std::byte* memory) {
-                         before(i, m, memory);
-                         if (!wanted || once) return;
-                         gemm_block<E>(i, m, 0, d, b, tiles, epilogue, scratch(memory));
-                         if constexpr (kHasNorm) norm(i, m);
-                       });
-  if (wanted && once) {
+  if (wanted && weights_are_larger(rows, o)) {
+    parallel_for_rows<E>(rows, o, before_bytes, before);
     gemm_reading_once<E>(rows, o, Matrix<G>{g, o, 1}, Matrix<Stream>{w, d, 1}, d, epilogue);
     if constexpr (kHasNorm)
       parallel_for_rows<E>(rows, d, 0, [&](int64_t i, int64_t m, std::byte*) { norm(i, m); });
+  } else {
+    Buffer<typename E::Operand> packed(wanted ? Panels<E>::size(o, d) : 0);
+    Panels<E> b{};
+    if (wanted) b = pack_backward<E>(w, o, d, packed.get());
+    const auto tiles = tiles_of<E>(Matrix<G>{g, o, 1}, o, Unchanged{});
+    const auto scratch = [&](std::byte* memory) {
+      return BlockScratch<E>(memory, kBlockRows, d, steps_of_depth<E>(o));
+    };
+    parallel_for_rows<E>(rows, std::max(o, d), std::max(before_bytes, scratch(nullptr).bytes),
+                         [&](int64_t i, int64_t m, std::byte* memory) {
+                           before(i, m, memory);
+                           if (!wanted) return;
+                           gemm_block<E>(i, m, 0, d, b, tiles, epilogue, scratch(memory));
+                           if constexpr (kHasNorm) norm(i, m);
+                         });
   }
   if constexpr (kHasNorm)
     norm.gradients(static_cast<Stream*>(p.dnorm_weight), static_cast<Stream*>(p.dnorm_bias));

@@ -26,12 +26,13 @@ void linear_gradients(const LinearBackward& p, const G* g, const Map& map) {
   const int64_t rows = p.problem.rows, d = p.problem.in_dim, o = p.problem.out_dim;
   const auto* x = static_cast<const X*>(p.x);       // (N, d)
   const auto* w = static_cast<const Stream*>(p.w);  // (o, d)
-  Buffer<typename E::Operand> packed(std::max(Panels<E>::size(o, d), Panels<E>::size(rows, d)));
-
   if (p.dx || p.dnorm_weight || p.dnorm_bias)
-    input_gradient<E, X>(p, g, o, w, d, rows, static_cast<const Stream*>(nullptr), packed.get(),
-                         map, 0, [](int64_t, int64_t, std::byte*) {});
-  if (p.dw) weight_gradient<E>(g, o, x, d, rows, static_cast<Stream*>(p.dw), packed.get(), map);
+    input_gradient<E, X>(p, g, o, w, d, rows, static_cast<const Stream*>(nullptr), map, 0,
+                         [](int64_t, int64_t, std::byte*) {});
+  if (p.dw) {
+    Buffer<typename E::Operand> packed(Panels<E>::size(rows, d));
+    weight_gradient<E>(g, o, x, d, rows, static_cast<Stream*>(p.dw), packed.get(), map);
+  }
   if (p.db) column_sums(g, rows, o, static_cast<Stream*>(p.db));
 }
 

@@ -51,8 +51,7 @@ STABLE_TORCH_LIBRARY(gpt_ext, m) {
       "ffn_backward(Tensor dout, Tensor x, Tensor w1, Tensor w2, Tensor saved, "
       "Tensor? norm_weight, Tensor? norm_bias, Tensor statistics, int activation, "
       "float dropout_p, Tensor? dropout_seed, bool allow_tf32, bool[] wanted) -> (Tensor dx, "
-      "Tensor dw1, "
-      "Tensor db1, Tensor dw2, Tensor db2, Tensor dnorm_weight, Tensor dnorm_bias)");
+      "Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, Tensor dnorm_weight, Tensor dnorm_bias)");
 
   // The weights of a decoder, float32: token_embedding (V, C), position_embedding (T, C), final
   // norm's weight and bias (C), vocabulary's weight (V, C) and bias (V); then, a block, norm (C)

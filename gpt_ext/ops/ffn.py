@@ -161,7 +161,9 @@ def feed_forward(
         All are float64, float32, bfloat16 or, on CUDA, float16: one dtype, one device. Under
         autocast the products are taken in its dtype, while the parameters, and the x that a norm
         reads, stay in w1's; what comes in another dtype is cast. Elsewhere mixed dtypes are
-        refused, as torch.nn.functional.linear refuses them. What is not contiguous is copied first.
+        refused, as torch.nn.functional.linear refuses them. On CUDA, float32's products are taken
+        in tf32 where torch's own are, by its setting at the time, and backward's as forward's.
+        What is not contiguous is copied first.
 
     Returns:
         (..., d), contiguous, of w1's dtype; autocast's, under autocast without a norm.

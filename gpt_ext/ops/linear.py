@@ -173,8 +173,9 @@ def linear(
 
         All are float64, float32, bfloat16 or, on CUDA, float16: one dtype, one device. Under
         autocast the product is taken in its dtype, while weight, bias, norm, residual and the x
-        that a norm reads stay in weight's; what comes in another dtype is cast. What is not
-        contiguous is copied first.
+        that a norm reads stay in weight's; what comes in another dtype is cast. On CUDA, float32's
+        product is taken in tf32 where torch's own are, by its setting at the time, and backward's
+        as forward's. What is not contiguous is copied first.
 
     Returns:
         (..., o), contiguous, of weight's dtype; autocast's, under autocast without a residual.

@@ -72,10 +72,9 @@ def wrong_instructions(cuobjdump: str, objects: list[Path]) -> list[str]:
                     continue
                 kernel = short(demangled(mangled).strip())
                 found = set(re.findall(r"\b[A-Z]{3,}[A-Z0-9]*\b", code))
-                needed = set(INSTRUCTIONS)
                 if kernel.startswith(WITHOUT_LDSM):
-                    needed.remove("LDSM")
-                wrong += [f"{kernel} on {arch} has no {x}" for x in needed - found]
+                    found.add("LDSM")
+                wrong += [f"{kernel} on {arch} has no {x}" for x in INSTRUCTIONS if x not in found]
                 wrong += [f"{kernel} on {arch} has {x}" for x in LOCAL_MEMORY if x in found]
     return wrong
 
