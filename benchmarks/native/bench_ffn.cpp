@@ -50,30 +50,25 @@ class Ffn {
         rstd_(s.rows),
         out_(s.rows * s.model_dim),
         saved_(s.rows * s.hidden_dim),
-        hidden_(s.activation == Activation::kRelu ? saved_ : Hidden(s.rows * s.hidden_dim)),
         dx_(s.rows * s.model_dim),
         dw1_(s.hidden_dim * s.model_dim),
         db1_(s.hidden_dim),
         dw2_(s.model_dim * s.hidden_dim),
         db2_(s.model_dim),
         dnorm_weight_(s.model_dim),
-        dnorm_bias_(s.model_dim),
-        dz_(s.rows * s.hidden_dim) {}
+        dnorm_bias_(s.model_dim) {}
 
   void forward() {
-    const FfnForward call{out_.data(), saved_.data(), hidden_.data(), x_.data(), w1_.data(),
-                          b1_.data(),  w2_.data(),    b2_.data(),     norm(),    {},
-                          problem()};
+    const FfnForward call{out_.data(), saved_.data(), x_.data(), w1_.data(), b1_.data(),
+                          w2_.data(),  b2_.data(),    norm(),    {},         problem()};
     ffn_forward(Backend{}, forward_workspace_.given_to(call));
   }
 
   void backward() {
-    const FfnBackward call{dx_.data(),         dw1_.data(), db1_.data(),
-                           dw2_.data(),        db2_.data(), dnorm_weight_.data(),
-                           dnorm_bias_.data(), dz_.data(),  dout_.data(),
-                           x_.data(),          w1_.data(),  w2_.data(),
-                           saved_.data(),      norm(),      {},
-                           problem()};
+    const FfnBackward call{
+        dx_.data(),           dw1_.data(),        db1_.data(),  dw2_.data(), db2_.data(),
+        dnorm_weight_.data(), dnorm_bias_.data(), dout_.data(), x_.data(),   w1_.data(),
+        w2_.data(),           saved_.data(),      norm(),       {},          problem()};
     ffn_backward(Backend{}, backward_workspace_.given_to(call));
   }
 
@@ -87,7 +82,6 @@ class Ffn {
 
  private:
   using Rows = Tensor<Backend, float>;
-  using Hidden = Tensor<Backend, T>;
 
   void compare() {
     forward();
@@ -134,9 +128,8 @@ class Ffn {
   Rows x_, w1_, b1_, w2_, b2_, dout_, norm_weight_, norm_bias_;
   Tensor<Backend, float> mean_, rstd_;
   Rows out_;
-  Hidden saved_, hidden_;
+  Tensor<Backend, T> saved_;
   Rows dx_, dw1_, db1_, dw2_, db2_, dnorm_weight_, dnorm_bias_;
-  Hidden dz_;
   Workspace<Backend> forward_workspace_, backward_workspace_;
 };
 

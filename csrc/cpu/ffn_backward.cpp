@@ -36,39 +36,14 @@ auto times_slope(Product* dz, const Product* saved, int64_t h) {
   return touching(epilogue, touched(dz, h), touched(saved, h));
 }
 
-// dz = (g W2) * act'(z) and dx, a block of rows at a time.
-template <class Stream, class Product, class X, class G, class Map>
-void row_gradients(const FfnBackward& p, const G* g, typename Arithmetic<Product>::Operand* memory,
-                   const Map& map) {
-  using E = Arithmetic<Product>;
-  using Sum = typename E::Sum;
-  const int64_t rows = p.problem.rows, d = p.problem.model_dim, h = p.problem.hidden_dim;
-  auto* dz = static_cast<Product*>(p.dz);
-  const auto b = pack_backward<E>(static_cast<const Stream*>(p.w2), d, h, memory);
-  const auto tiles = tiles_of<E>(Matrix<G>{g, d, 1}, d, Unchanged{});
-  const auto scratch = [&](std::byte* memory) {
-    return BlockScratch<E>(memory, kBlockRows, h, steps_of_depth<E>(d));
-  };
-  const auto run = [&](const Epilogue<E>& epilogue) {
-    input_gradient<E, X>(p, dz, h, static_cast<const Stream*>(p.w1), d, rows,
-                         static_cast<const Stream*>(p.dout), map, scratch(nullptr).bytes,
-                         [&](int64_t i, int64_t m, std::byte* memory) {
-                           gemm_block<E>(i, m, 0, h, b, tiles, epilogue, scratch(memory));
-                         });
-  };
-  dispatch_activation(p.problem.activation, [&](auto activation) {
-    run(times_slope<decltype(activation)::value, Sum>(dz, static_cast<const Product*>(p.saved), h));
-  });
-}
-
-// dW2 (d, h) = g^T a, row j of a^T g being column j of dW2.
+// dW2 (d, h) = g^T a, or what it holds plus that, for so many rows of g and of what was saved; row
+// j of a^T g is column j of dW2.
 template <class Stream, class Product, class G>
-void second_weight_gradient(const FfnBackward& p, const G* g,
-                            typename Arithmetic<Product>::Operand* memory) {
+void second_weight_gradient(const FfnBackward& p, int64_t rows, const G* g, const Product* saved,
+                            typename Arithmetic<Product>::Operand* memory, bool add) {
   using E = Arithmetic<Product>;
   using Sum = typename E::Sum;
-  const int64_t rows = p.problem.rows, d = p.problem.model_dim, h = p.problem.hidden_dim;
-  const auto* saved = static_cast<const Product*>(p.saved);  // (N, h)
+  const int64_t d = p.problem.model_dim, h = p.problem.hidden_dim;
   auto* dw2 = static_cast<Stream*>(p.dw2);
   const auto b = pack<E>(Matrix<G>{g, d, 1}, rows, d, memory);
   constexpr int64_t kSide = kLanes<Sum>;
@@ -79,8 +54,11 @@ void second_weight_gradient(const FfnBackward& p, const G* g,
         Vec<Sum> square[kSide] = {};
         for (int64_t s = 0; s < width; ++s) square[s] = load(c + (r + s) * kTileColumns<Sum> + i);
         transpose<Sum>(square);
-        for (int64_t s = 0; s < std::min(kSide, columns - i); ++s)
-          store(dw2 + (i0 + i + s) * h + j + r, square[s], width);
+        for (int64_t s = 0; s < std::min(kSide, columns - i); ++s) {
+          Stream* at = dw2 + (i0 + i + s) * h + j + r;
+          if (add) square[s] += load(at, width);
+          store(at, square[s], width);
+        }
       }
   };
   dispatch_activation(p.problem.activation, [&](auto activation) {
@@ -95,32 +73,85 @@ void second_weight_gradient(const FfnBackward& p, const G* g,
   });
 }
 
-// X and G: the elements of x and of g.
-template <class Stream, class Product, class X, class G, class Map>
-void ffn_gradients(const FfnBackward& p, const G* g, const Map& map) {
-  using E = Arithmetic<Product>;
-  const int64_t rows = p.problem.rows, d = p.problem.model_dim, h = p.problem.hidden_dim;
-  const auto* x = static_cast<const X*>(p.x);          // (N, d)
-  const auto* dz = static_cast<const Product*>(p.dz);  // (N, h)
-  Buffer<typename E::Operand> packed(std::max(Panels<E>::size(d, h), Panels<E>::size(rows, d)));
+// Rows at a time, equal runs of whole units, so that the last one is no stump: what is read and
+// made of them, 20 MB in float32 at the seed's size, is still in L3 when the weights' gradients
+// read it. Where sums over rows would be rounded in between, all rows at once.
+template <class Stream, class Sum>
+int64_t rows_at_a_time(int64_t rows) {
+  constexpr int64_t kMost = 43 * kRowUnit;
+  const int64_t runs = std::is_same_v<Stream, Sum> ? (rows + kMost - 1) / kMost : 1;
+  const int64_t units = (rows + kRowUnit - 1) / kRowUnit;
+  return runs > 1 ? (units + runs - 1) / runs * kRowUnit : rows;
+}
 
-  if (p.dx || p.dnorm_weight || p.dnorm_bias || p.dw1 || p.db1)
-    row_gradients<Stream, Product, X>(p, g, packed.get(), map);
-  if (p.dw1) weight_gradient<E>(dz, h, x, d, rows, static_cast<Stream*>(p.dw1), packed.get(), map);
-  if (p.dw2) second_weight_gradient<Stream, Product>(p, g, packed.get());
-  if (p.db1) column_sums(dz, rows, h, static_cast<Stream*>(p.db1));
-  if (p.db2) column_sums(g, rows, d, static_cast<Stream*>(p.db2));
+// X: the elements of x and dout.
+template <class Stream, class Product, class X, class Map>
+void ffn_gradients(const FfnBackward& p, const Map& map) {
+  using E = Arithmetic<Product>;
+  using Sum = typename E::Sum;
+  const int64_t rows = p.problem.rows, d = p.problem.model_dim, h = p.problem.hidden_dim;
+  const auto* x = static_cast<const X*>(p.x);                // (N, d)
+  const auto* dout = static_cast<const X*>(p.dout);          // (N, d)
+  const auto* w1 = static_cast<const Stream*>(p.w1);         // (h, d)
+  const auto* w2 = static_cast<const Stream*>(p.w2);         // (d, h)
+  const auto* saved = static_cast<const Product*>(p.saved);  // (N, h)
+  const int64_t most = rows_at_a_time<Stream, Sum>(rows);
+  const bool reads_once = weights_are_larger(rows, h);
+  const bool needs_dz = p.dx || p.dnorm_weight || p.dnorm_bias || p.dw1 || p.db1;
+
+  Buffer<Product> dz(static_cast<size_t>(most * h));
+  Buffer<typename E::Operand> packed_rows(Panels<E>::size(most, d));
+  Buffer<typename E::Operand> packed_w2(needs_dz && !reads_once ? Panels<E>::size(d, h) : 0);
+  Panels<E> w2_panels{};
+  if (needs_dz && !reads_once) w2_panels = pack_backward<E>(w2, d, h, packed_w2.get());
+  const InputGradient<E, X, Map, FfnBackward, Stream> dx(
+      p, h, w1, d, rows, p.norm.weight ? static_cast<const Stream*>(p.dout) : nullptr);
+
+  const auto make_dz_and_dx = [&]<class G>(int64_t first, int64_t count, const G* g) {
+    const auto run = [&](const Epilogue<E>& to_dz) {
+      const Matrix<G> a{g, d, 1};
+      if (reads_once) {
+        gemm_reading_once<E>(count, d, a, Matrix<Stream>{w2, h, 1}, h, to_dz);
+        return dx.compute(first, count, dz.get());
+      }
+      const auto tiles = tiles_of<E>(a, d, Unchanged{});
+      const auto scratch = [&](std::byte* memory) {
+        return BlockScratch<E>(memory, kBlockRows, h, steps_of_depth<E>(d));
+      };
+      dx.compute(first, count, dz.get(), scratch(nullptr).bytes,
+                 [&](int64_t i, int64_t m, std::byte* memory) {
+                   gemm_block<E>(i, m, 0, h, w2_panels, tiles, to_dz, scratch(memory));
+                 });
+    };
+    dispatch_activation(p.problem.activation, [&](auto activation) {
+      run(times_slope<activation(), Sum>(dz.get(), saved + first * h, h));
+    });
+  };
+  int64_t first = 0;
+  do {  // once, where there are no rows: sums are zeros then
+    const int64_t count = std::min(most, rows - first);
+    const bool add = first > 0;
+    with_dropout_undone<Product>(dout, first, count, d, p.dropout, [&](const auto* g) {
+      if (needs_dz) make_dz_and_dx(first, count, g);
+      if (p.dw1)
+        weight_gradient<E>(dz.get(), h, x + first * d, d, count, static_cast<Stream*>(p.dw1),
+                           packed_rows.get(), map.from(first), add);
+      if (p.dw2)
+        second_weight_gradient<Stream>(p, count, g, saved + first * h, packed_rows.get(), add);
+      if (p.db1) column_sums(dz.get(), count, h, static_cast<Stream*>(p.db1), add);
+      if (p.db2) column_sums(g, count, d, static_cast<Stream*>(p.db2), add);
+    });
+    first += most;
+  } while (first < rows);
+  dx.finish();
 }
 
 template <class Stream, class Product>
 void ffn_backward_typed(const FfnBackward& p) {
-  const auto* dout = static_cast<const Product*>(p.dout);  // (N, d)
-  if (!p.norm.weight) return ffn_gradients<Stream, Product, Product>(p, dout, Unchanged{});
-  with_dropout_undone<Product>(static_cast<const Stream*>(p.dout), p.problem.rows,
-                               p.problem.model_dim, p.dropout, [&](const auto* g) {
-                                 ffn_gradients<Stream, Product, Stream>(p, g,
-                                                                        Normalized<Stream>(p.norm));
-                               });
+  if (p.norm.weight)
+    ffn_gradients<Stream, Product, Stream>(p, Normalized<Stream>(p.norm));
+  else
+    ffn_gradients<Stream, Product, Product>(p, Unchanged{});
 }
 
 void ffn_backward(const FfnBackward& p) {

@@ -255,12 +255,13 @@ __attribute__((noinline)) void gemm_block(int64_t i0, int64_t rows, int64_t j0, 
   }
 }
 
-// The tiles of map(A), A being (., depth) and one of its strides 1.
+// The tiles of map(A), A being (., depth) and one of its strides 1; A's first row is the product's
+// row `first`.
 template <class E, class Storage, class Map>
-auto tiles_of(Matrix<Storage> a, int64_t depth, const Map& map) {
+auto tiles_of(Matrix<Storage> a, int64_t depth, const Map& map, int64_t first = 0) {
   const auto tiles = [=](int64_t i0, int64_t rows, int64_t k0, int64_t steps,
                          typename E::Operand* memory) {
-    return pack_tiles<E>(a, i0, rows, k0, steps, depth, memory, map);
+    return pack_tiles<E>(a, i0 - first, rows, k0, steps, depth, memory, map);
   };
   return touching(tiles, a.column == 1 ? Touched{} : touched(a.data, a.column));
 }

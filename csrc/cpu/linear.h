@@ -38,18 +38,20 @@ auto add_to_residual(Out* out, int64_t columns, const Stream* b, const Stream* r
   return touching(epilogue, touched(out, columns), touched(residual, columns));
 }
 
-// f(g): the gradient (N, columns) of what dropout was applied to; dout itself where there is none.
+// f(g): rows [first, first + rows) of the gradient (N, columns) of what dropout was applied to; of
+// dout itself where there is none.
 template <class Product, class DOut, class F>
-void with_dropout_undone(const DOut* dout, int64_t rows, int64_t columns, const Dropout& dropout,
-                         const F& f) {
+void with_dropout_undone(const DOut* dout, int64_t first, int64_t rows, int64_t columns,
+                         const Dropout& dropout, const F& f) {
   using Sum = typename Accumulation<DOut>::type;
+  dout += first * columns;
   if (dropout.p == 0) return f(dout);
   const ResidualDropout mask(*dropout.seed, dropout.p);
   Buffer<Product> g(static_cast<size_t>(rows * columns));
   constexpr int64_t kRun = 64;  // rows a task
   parallel_for_runs(rows, kRun, columns * sizeof(Sum), [&](int64_t i, std::byte* memory) {
     auto* scales = reinterpret_cast<Sum*>(memory);
-    dropout_scales(mask, dropout.p, ResidualDropout::first_block(i), 0, columns, scales);
+    dropout_scales(mask, dropout.p, ResidualDropout::first_block(first + i), 0, columns, scales);
     for_columns<Sum>(columns, [&](int64_t j, auto part) {
       const Vec<Sum> y = load(dout + i * columns + j, part) * load(scales + j, part);
       store(g.get() + i * columns + j, y, part);
@@ -107,60 +109,105 @@ void normed_product(const void* x, int64_t rows, int64_t d, const LayerNorm& nor
 }
 
 // dx (N, d) of P (LinearBackward or FfnBackward) from dy = g W, for g (N, o) and w (o, d); through
-// the norm, plus `skip`, where map is one. before(i, m, memory) makes rows [i, i + m) of g, with
-// before_bytes of memory; dx is made of them while they are in cache, but for larger weights.
-template <class E, class X, class P, class G, class Stream, class Map, class Before>
-void input_gradient(const P& p, const G* g, int64_t o, const Stream* w, int64_t d, int64_t rows,
-                    const Stream* skip, const Map&, size_t before_bytes, const Before& before) {
-  constexpr bool kHasNorm = !std::is_same_v<Map, Unchanged>;
-  const bool wanted = p.dx || p.dnorm_weight || p.dnorm_bias;
-  Buffer<X> unwanted(wanted && !p.dx ? static_cast<size_t>(rows * d) : 0);
-  X* dx = p.dx ? static_cast<X*>(p.dx) : unwanted.get();  // dy at first
-  const auto epilogue = store_to<typename E::Sum>(dx, d);
-  const auto norm = [&] {
+// the norm, plus `skip`, where Map is one. Some rows at a time.
+template <class E, class X, class Map, class P, class Stream>
+class InputGradient {
+ public:
+  InputGradient(const P& p, int64_t o, const Stream* w, int64_t d, int64_t rows, const Stream* skip)
+      : p_(p),
+        o_(o),
+        d_(d),
+        w_{w, d, 1},
+        wanted_(p.dx || p.dnorm_weight || p.dnorm_bias),
+        reads_once_(weights_are_larger(rows, o)),
+        packed_(wanted_ && !reads_once_ ? Panels<E>::size(o, d) : 0),
+        unwanted_(wanted_ && !p.dx ? static_cast<size_t>(rows * d) : 0),
+        dx_(p.dx ? static_cast<X*>(p.dx) : unwanted_.get()) {
+    if (wanted_ && !reads_once_) panels_ = pack_backward<E>(w, o, d, packed_.get());
     if constexpr (kHasNorm)
-      return NormBackward<Stream>(static_cast<const Stream*>(p.x), rows, d, p.norm, skip, dx);
-    else
-      return Unchanged{};
-  }();
-  if (wanted && weights_are_larger(rows, o)) {
-    parallel_for_rows<E>(rows, o, before_bytes, before);
-    gemm_reading_once<E>(rows, o, Matrix<G>{g, o, 1}, Matrix<Stream>{w, d, 1}, d, epilogue);
+      if (wanted_) norm_.emplace(static_cast<const Stream*>(p.x), rows, d, p.norm, skip, dx_);
+  }
+
+  // Rows [first, first + rows), `first` whole units, from theirs of g (rows, o).
+  template <class G>
+  void compute(int64_t first, int64_t rows, const G* g) const {
+    if (!reads_once_) return compute(first, rows, g, 0, [](int64_t, int64_t, std::byte*) {});
+    if (!wanted_) return;
+    gemm_reading_once<E>(rows, o_, Matrix<G>{g, o_, 1}, w_, d_, to_dy(first));
     if constexpr (kHasNorm)
-      parallel_for_rows<E>(rows, d, 0, [&](int64_t i, int64_t m, std::byte*) { norm(i, m); });
-  } else {
-    Buffer<typename E::Operand> packed(wanted ? Panels<E>::size(o, d) : 0);
-    Panels<E> b{};
-    if (wanted) b = pack_backward<E>(w, o, d, packed.get());
-    const auto tiles = tiles_of<E>(Matrix<G>{g, o, 1}, o, Unchanged{});
+      parallel_for_rows<E>(rows, d_, 0,
+                           [&](int64_t i, int64_t m, std::byte*) { (*norm_)(first + i, m); });
+  }
+  // The same where weights are not larger, and before(i, m, memory), with before_bytes of memory,
+  // makes rows [i, i + m) of g: dx is made of them while they are in cache.
+  template <class G, class Before>
+  void compute(int64_t first, int64_t rows, const G* g, size_t before_bytes,
+               const Before& before) const {
+    const auto tiles = tiles_of<E>(Matrix<G>{g, o_, 1}, o_, Unchanged{});
+    const auto epilogue = to_dy(first);
     const auto scratch = [&](std::byte* memory) {
-      return BlockScratch<E>(memory, kBlockRows, d, steps_of_depth<E>(o));
+      return BlockScratch<E>(memory, kBlockRows, d_, steps_of_depth<E>(o_));
     };
-    parallel_for_rows<E>(rows, std::max(o, d), std::max(before_bytes, scratch(nullptr).bytes),
+    parallel_for_rows<E>(rows, std::max(o_, d_), std::max(before_bytes, scratch(nullptr).bytes),
                          [&](int64_t i, int64_t m, std::byte* memory) {
                            before(i, m, memory);
-                           if (!wanted) return;
-                           gemm_block<E>(i, m, 0, d, b, tiles, epilogue, scratch(memory));
-                           if constexpr (kHasNorm) norm(i, m);
+                           if (!wanted_) return;
+                           gemm_block<E>(i, m, 0, d_, panels_, tiles, epilogue, scratch(memory));
+                           if constexpr (kHasNorm) (*norm_)(first + i, m);
                          });
   }
-  if constexpr (kHasNorm)
-    norm.gradients(static_cast<Stream*>(p.dnorm_weight), static_cast<Stream*>(p.dnorm_bias));
+
+  // What is left once all rows are done.
+  void finish() const {
+    if constexpr (kHasNorm)
+      if (wanted_)
+        norm_->gradients(static_cast<Stream*>(p_.dnorm_weight),
+                         static_cast<Stream*>(p_.dnorm_bias));
+  }
+
+ private:
+  static constexpr bool kHasNorm = !std::is_same_v<Map, Unchanged>;
+
+  // dy where dx will be.
+  auto to_dy(int64_t first) const { return store_to<typename E::Sum>(dx_ + first * d_, d_); }
+
+  const P& p_;
+  int64_t o_, d_;
+  Matrix<Stream> w_;
+  bool wanted_, reads_once_;
+  Buffer<typename E::Operand> packed_;
+  Panels<E> panels_{};
+  Buffer<X> unwanted_;
+  X* dx_;
+  std::optional<NormBackward<Stream>> norm_;
+};
+
+// Epilogue: out (N, columns) = c, or what it holds plus c.
+template <class Sum, class Out>
+auto store_or_add(Out* out, int64_t columns, bool add) {
+  const auto epilogue = [=](int64_t i, int64_t j0, int64_t rows, int64_t n, const Sum* c) {
+    for_tile<Sum>(rows, n, c, [&](int64_t r, int64_t j, Vec<Sum> y, auto part) {
+      Out* at = out + (i + r) * columns + j0 + j;
+      if (add) y += load(at, part);
+      store(at, y, part);
+    });
+  };
+  return touching(epilogue, touched(out, columns));
 }
 
-// dw (o, d) = g^T y for g (N, o) and y = map(x), x (N, d).
+// dw (o, d) = g^T y for g (N, o) and y = map(x), x (N, d), or what dw holds plus that.
 template <class E, class G, class X, class Stream, class Map>
 void weight_gradient(const G* g, int64_t o, const X* x, int64_t d, int64_t rows, Stream* dw,
-                     typename E::Operand* memory, const Map& map) {
+                     typename E::Operand* memory, const Map& map, bool add = false) {
   using Sum = typename E::Sum;
   const auto y = pack<E>(Matrix<X>{x, d, 1}, rows, d, memory, map);
-  gemm(o, rows, Matrix<G>{g, 1, o}, y, store_to<Sum>(dw, d));
+  gemm(o, rows, Matrix<G>{g, 1, o}, y, store_or_add<Sum>(dw, d, add));
 }
 
-// out[j] = sum_i a[i][j] for a (rows, columns): sums of 128 rows, a task each, summed in turn. Two
-// short sums lose less than a long one.
+// out[j] = sum_i a[i][j] for a (rows, columns), or what it holds plus that: sums of 128 rows, a
+// task each, summed in turn. Two short sums lose less than a long one.
 template <class Storage, class Out>
-void column_sums(const Storage* a, int64_t rows, int64_t columns, Out* out) {
+void column_sums(const Storage* a, int64_t rows, int64_t columns, Out* out, bool add = false) {
   using Sum = typename Accumulation<Storage>::type;
   constexpr int64_t kRun = 128;
   const int64_t runs = (rows + kRun - 1) / kRun, padded = round_up<Sum>(columns);
@@ -173,7 +220,7 @@ void column_sums(const Storage* a, int64_t rows, int64_t columns, Out* out) {
         store(sum + j, load(sum + j) + load(a + i * columns + j, part));
       });
   });
-  sum_rows(sums.get(), runs, padded, columns, out);
+  sum_rows(sums.get(), runs, padded, columns, out, add);
 }
 
 }  // namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL

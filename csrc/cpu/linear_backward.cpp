@@ -26,9 +26,9 @@ void linear_gradients(const LinearBackward& p, const G* g, const Map& map) {
   const int64_t rows = p.problem.rows, d = p.problem.in_dim, o = p.problem.out_dim;
   const auto* x = static_cast<const X*>(p.x);       // (N, d)
   const auto* w = static_cast<const Stream*>(p.w);  // (o, d)
-  if (p.dx || p.dnorm_weight || p.dnorm_bias)
-    input_gradient<E, X>(p, g, o, w, d, rows, static_cast<const Stream*>(nullptr), map, 0,
-                         [](int64_t, int64_t, std::byte*) {});
+  const InputGradient<E, X, Map, LinearBackward, Stream> dx(p, o, w, d, rows, nullptr);
+  dx.compute(0, rows, g);
+  dx.finish();
   if (p.dw) {
     Buffer<typename E::Operand> packed(Panels<E>::size(rows, d));
     weight_gradient<E>(g, o, x, d, rows, static_cast<Stream*>(p.dw), packed.get(), map);
@@ -40,7 +40,7 @@ template <class Stream, class Product>
 void linear_backward_typed(const LinearBackward& p) {
   const auto with_g = [&](const auto* dout) {
     with_dropout_undone<Product>(
-        dout, p.problem.rows, p.problem.out_dim, p.dropout, [&](const auto* g) {
+        dout, 0, p.problem.rows, p.problem.out_dim, p.dropout, [&](const auto* g) {
           if (p.norm.weight)
             linear_gradients<Stream, Product, Stream>(p, g, Normalized<Stream>(p.norm));
           else

@@ -13,11 +13,14 @@ GPT_EXT_INLINE Sum row_sum(int64_t columns, const F& f) {
   return reduce_sum<Sum>(sum);
 }
 
-// out[j] = sum of a[i * row + j] over rows i, in turn; rows padded to whole vectors.
+// out[j] = sum of a[i * row + j] over rows i, in turn, or what it holds plus that; rows padded to
+// whole vectors.
 template <class Sum, class Out>
-void sum_rows(const Sum* a, int64_t rows, int64_t row, int64_t columns, Out* out) {
+void sum_rows(const Sum* a, int64_t rows, int64_t row, int64_t columns, Out* out,
+              bool add = false) {
   for_columns<Sum>(columns, [&](int64_t j, auto part) {
     Vec<Sum> sum{};
+    if (add) sum = load(out + j, part);
     for (int64_t i = 0; i < rows; ++i) sum += load(a + i * row + j);
     store(out + j, sum, part);
   });
@@ -64,6 +67,12 @@ struct Normalized {
         weight(static_cast<const Storage*>(norm.weight)),
         bias(static_cast<const Storage*>(norm.bias)) {}
 
+  // The map of rows from `first` on.
+  Normalized from(int64_t first) const {
+    Normalized map = *this;
+    map.mean += first, map.rstd += first;
+    return map;
+  }
   template <class Part>
   GPT_EXT_INLINE Vec<Sum> operator()(Vec<Sum> x, int64_t i, int64_t j, Part part) const {
     return (x - mean[i]) * rstd[i] * load(weight + j, part) + load(bias + j, part);

@@ -10,6 +10,7 @@ struct Unchanged {
   GPT_EXT_INLINE V operator()(V x, int64_t, int64_t, Part) const {
     return x;
   }
+  Unchanged from(int64_t) const { return {}; }  // of rows from there on
 };
 
 // Whether operands hold the bits that lie in memory.

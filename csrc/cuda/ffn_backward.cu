@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(kThreads)
 template <class Stream, class Product>
 struct FfnBackwardParts {
   Workspace workspace;
-  Product* g;  // null where it is dout itself
+  Product* g;   // null where it is dout itself
+  Product* dz;  // (N, h)
   Rows<Product, Stream> rows;
   Weight<Product, Stream> w1, w2;
   InputGradients<Product, Stream, FfnBackward> of_input;
@@ -50,6 +51,7 @@ struct FfnBackwardParts {
         g(workspace.take<Product>(
             problem.rows * problem.model_dim,
             p.dropout.p > 0 || (p.norm.weight != nullptr && !std::is_same_v<Stream, Product>))),
+        dz(workspace.take<Product>(problem.rows * problem.hidden_dim)),
         rows(p.x, p.norm, problem.rows, problem.model_dim, workspace),
         w1(p.w1, problem.hidden_dim, problem.model_dim, workspace),
         w2(p.w2, problem.model_dim, problem.hidden_dim, workspace),
@@ -70,14 +72,13 @@ Matrix<Product> before_dropout(Cuda backend, const FfnBackward& p, Product* g) {
   return {g, d, rows, d};
 }
 
-// dW2 and db2. The memory of dz, not yet made, holds act(z) for a while.
+// dW2 and db2. `hidden` (N, h), dz's memory before dz is made, holds act(z).
 template <class Stream, class Product>
-void second_weights(Cuda backend, const FfnBackward& p, const Matrix<Product>& g,
+void second_weights(Cuda backend, const FfnBackward& p, const Matrix<Product>& g, Product* hidden,
                     const WeightGradients<Product, Stream>& gradients) {
   const auto [precision, activation, rows, d, h] = p.problem;
   const Product* saved = static_cast<const Product*>(p.saved);
   const bool made = activation != Activation::kRelu && p.dw2 != nullptr;
-  Product* hidden = static_cast<Product*>(p.dz);
   if (made) {
     launch(backend, "ffn_backward: act(z)", activate_kernel<Product>,
            (rows * h + kThreads - 1) / kThreads, kThreads, 0, hidden, saved, rows * h, activation);
@@ -101,12 +102,12 @@ void ffn_backward(Cuda backend, const FfnBackward& p) {
     const cuda::FfnBackwardParts<Stream, Product> parts(p);
     const auto [precision, activation, rows, d, h] = p.problem;
     const auto g = cuda::before_dropout<Stream>(backend, p, parts.g);
-    cuda::second_weights(backend, p, g, parts.of_second);
+    cuda::second_weights(backend, p, g, parts.dz, parts.of_second);
     if (!parts.of_input.wanted() && p.dw1 == nullptr && p.db1 == nullptr) return;
 
-    const cuda::Matrix<Product> dz{static_cast<const Product*>(p.dz), h, rows, h};
-    const cuda::StoreDerivative<Product> to_dz{static_cast<Product*>(p.dz),
-                                               static_cast<const Product*>(p.saved), h, activation};
+    const cuda::Matrix<Product> dz{parts.dz, h, rows, h};
+    const cuda::StoreDerivative<Product> to_dz{parts.dz, static_cast<const Product*>(p.saved), h,
+                                               activation};
     cuda::gemm<cuda::Layout::kNN>(backend, "ffn_backward: dz", precision.allow_tf32, g,
                                   parts.w2.matrix(backend, "ffn_backward: w2"), rows, h, d, to_dz);
     if (parts.of_input.wanted()) {

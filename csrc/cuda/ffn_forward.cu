@@ -25,11 +25,15 @@ struct StoreActivated {  // z = C + bias: hidden = act(z), and z itself where ba
 template <class Stream, class Product>
 struct FfnForwardParts {
   Workspace workspace;
+  Product* hidden;  // act(z)
   Rows<Product, Stream> rows;
   Weight<Product, Stream> w1, w2;
 
   explicit FfnForwardParts(const FfnForward& p)
       : workspace(p.workspace),
+        hidden(p.problem.activation == Activation::kRelu
+                   ? static_cast<Product*>(p.saved)
+                   : workspace.take<Product>(p.problem.rows * p.problem.hidden_dim)),
         rows(p.x, p.norm, p.problem.rows, p.problem.model_dim, workspace),
         w1(p.w1, p.problem.hidden_dim, p.problem.model_dim, workspace),
         w2(p.w2, p.problem.model_dim, p.problem.hidden_dim, workspace) {}
@@ -52,12 +56,12 @@ void ffn_forward(Cuda backend, const FfnForward& p) {
     const auto x = parts.rows.matrix(backend, "ffn_forward: norm", p.norm, false);
     const auto w1 = parts.w1.matrix(backend, "ffn_forward: w1");
     const auto w2 = parts.w2.matrix(backend, "ffn_forward: w2");
-    const cuda::Matrix<Product> hidden{static_cast<const Product*>(p.hidden), h, rows, h};
+    const cuda::Matrix<Product> hidden{parts.hidden, h, rows, h};
     const auto* b2 = static_cast<const Stream*>(p.b2);
 
     const cuda::StoreActivated<Product, Stream> to_hidden{
-        static_cast<Product*>(p.hidden), static_cast<Product*>(p.saved),
-        static_cast<const Stream*>(p.b1), h, activation};
+        parts.hidden, static_cast<Product*>(p.saved), static_cast<const Stream*>(p.b1), h,
+        activation};
     cuda::gemm<cuda::Layout::kNT>(backend, "ffn_forward: hidden", precision.allow_tf32, x, w1, rows,
                                   h, d, to_hidden);
     const auto second = [&](auto* out, const Stream* residual) {

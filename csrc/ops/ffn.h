@@ -24,9 +24,8 @@ struct FfnProblem {
 };
 
 struct FfnForward {
-  void* out;     // (N, d), of x's dtype
-  void* saved;   // (N, h), product, for backward: act(z) for kRelu, whose sign is z's; z for GELUs
-  void* hidden;  // (N, h), product, act(z); for kRelu the memory of saved, for the GELUs scratch
+  void* out;    // (N, d), of x's dtype
+  void* saved;  // (N, h), product, for backward: act(z) for kRelu, whose sign is z's; z for GELUs
   const void *x, *w1, *b1, *w2, *b2;  // x: stream with a norm, else product; parameters: stream
   LayerNorm norm;
   Dropout dropout;  // with a norm
@@ -37,7 +36,6 @@ struct FfnForward {
 struct FfnBackward {
   void *dx, *dw1, *db1, *dw2, *db2;  // like x, w1, b1, w2, b2; null where not wanted
   void *dnorm_weight, *dnorm_bias;   // (d), likewise
-  void* dz;                          // scratch (N, h), product
   const void *dout, *x, *w1, *w2;    // dout (N, d), of x's dtype
   const void* saved;                 // what forward saved
   LayerNorm norm;

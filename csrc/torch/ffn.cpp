@@ -44,16 +44,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, co
   const Dropout dropout{dropout_p, checked_dropout_seed(dropout_p, dropout_seed, w1)};
 
   const OnDevice<Backend> device(x);
-  const Shape hidden_shape = with_last_dim(leading_dims(x), problem.hidden_dim);
   const Tensor out = new_empty(x, shape_of(x), x.scalar_type());
-  const Tensor saved = new_empty(x, hidden_shape, types.product);
-  const Tensor hidden =
-      problem.activation == Activation::kRelu ? saved : new_empty(x, hidden_shape, types.product);
+  const Tensor saved =
+      new_empty(x, with_last_dim(leading_dims(x), problem.hidden_dim), types.product);
   const Tensor statistics =
       new_empty(x, statistics_shape(norm_weight, x), accumulation_type(problem.precision.stream));
   FfnForward params{.out = out.mutable_data_ptr(),
                     .saved = saved.mutable_data_ptr(),
-                    .hidden = hidden.mutable_data_ptr(),
                     .x = x.const_data_ptr(),
                     .w1 = w1.const_data_ptr(),
                     .b1 = b1.const_data_ptr(),
@@ -76,9 +73,9 @@ SevenTensors backward(const Tensor& dout, const Tensor& x, const Tensor& w1, con
   const Types types{w1.scalar_type(), saved.scalar_type(), allow_tf32};
   const auto problem =
       checked_problem<Backend>(x, w1, w2, norm_weight, norm_bias, dropout_p, activation, types);
-  const Shape hidden_shape = with_last_dim(leading_dims(x), problem.hidden_dim);
   check_operand(dout, "dout", x, x.scalar_type(), shape_of(x));
-  check_operand(saved, "saved", x, types.product, hidden_shape);
+  check_operand(saved, "saved", x, types.product,
+                with_last_dim(leading_dims(x), problem.hidden_dim));
   const Dropout dropout{dropout_p, checked_dropout_seed(dropout_p, dropout_seed, w1)};
   check_operand(statistics, "statistics", x, accumulation_type(problem.precision.stream),
                 statistics_shape(norm_weight, x));
@@ -94,7 +91,6 @@ SevenTensors backward(const Tensor& dout, const Tensor& x, const Tensor& w1, con
   const auto [db2, db2_data] = gradients.next(types.stream, {problem.model_dim});
   const auto [dweight, dweight_data] = gradients.next(types.stream, {problem.model_dim}, has_norm);
   const auto [dbias, dbias_data] = gradients.next(types.stream, {problem.model_dim}, has_norm);
-  const Tensor dz = new_empty(x, hidden_shape, types.product);
   FfnBackward params{.dx = dx_data,
                      .dw1 = dw1_data,
                      .db1 = db1_data,
@@ -102,7 +98,6 @@ SevenTensors backward(const Tensor& dout, const Tensor& x, const Tensor& w1, con
                      .db2 = db2_data,
                      .dnorm_weight = dweight_data,
                      .dnorm_bias = dbias_data,
-                     .dz = dz.mutable_data_ptr(),
                      .dout = dout.const_data_ptr(),
                      .x = x.const_data_ptr(),
                      .w1 = w1.const_data_ptr(),

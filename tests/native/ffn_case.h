@@ -55,8 +55,7 @@ FfnResult run_ffn(Backend backend, const FfnCase& c, const FfnInputs& in, Wanted
       b2(stream, in.b2), dout(c.x_type(), in.dout), norm_weight(stream, in.norm_weight),
       norm_bias(stream, in.norm_bias);
   const TypedBuffer out(c.x_type(), in.dout.size()), saved(c.dtype, hidden),
-      activated(c.dtype, hidden), dz(c.dtype, hidden), mean(accumulation(stream), c.rows),
-      rstd(accumulation(stream), c.rows);
+      mean(accumulation(stream), c.rows), rstd(accumulation(stream), c.rows);
   const TypedBuffer dx(c.x_type(), in.x.size()), dw1(stream, in.w1.size()),
       db1(stream, in.b1.size()), dw2(stream, in.w2.size()), db2(stream, in.b2.size()),
       dnorm_weight(stream, c.model_dim), dnorm_bias(stream, c.model_dim);
@@ -69,7 +68,6 @@ FfnResult run_ffn(Backend backend, const FfnCase& c, const FfnInputs& in, Wanted
       {stream, c.dtype, c.allow_tf32}, c.activation, c.rows, c.model_dim, c.hidden_dim};
   FfnForward forward{.out = out.data(),
                      .saved = saved.data(),
-                     .hidden = c.activation == Activation::kRelu ? saved.data() : activated.data(),
                      .x = x.data(),
                      .w1 = w1.data(),
                      .b1 = b1.data(),
@@ -90,7 +88,6 @@ FfnResult run_ffn(Backend backend, const FfnCase& c, const FfnInputs& in, Wanted
                        .db2 = pointer(db2, wanted.db2),
                        .dnorm_weight = pointer(dnorm_weight, wanted.dnorm),
                        .dnorm_bias = pointer(dnorm_bias, wanted.dnorm),
-                       .dz = dz.data(),
                        .dout = dout.data(),
                        .x = x.data(),
                        .w1 = w1.data(),

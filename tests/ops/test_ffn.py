@@ -25,6 +25,7 @@ SIZES = [  # rows, d, h: smaller and larger than the kernels' tiles, and not the
     (65, 100, 31),
     (128, 252, 1008),
     (257, 17, 129),
+    (2501, 10, 14),  # more rows than a CPU takes at a time
 ]
 
 
