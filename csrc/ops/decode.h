@@ -99,11 +99,11 @@ struct DecodeGenerate {
   DecodeRows rows;
   int64_t finals, steps;           // both >= 1
   const DecodeSampling* sampling;  // (B)
-  uint8_t* seen;        // (B, V) 1 for a token seen, kept up; null where all penalties are 1
-  const float* noise;   // (steps, B, V), e ~ Exp(1): the token is argmax p / e; null where all
-                        // temperatures are 0
-  const int64_t* stop;  // (stops) tokens that end a sequence
-  int64_t stops;
+  uint8_t* seen = nullptr;         // (B, V) 1 for a token seen, kept up; where a penalty isn't 1
+  const float* noise = nullptr;    // (steps, B, V), e ~ Exp(1): the token is argmax p / e; where a
+                                   // temperature isn't 0
+  const int64_t* stop = nullptr;   // (stops) tokens that end a sequence
+  int64_t stops = 0;
 };
 
 struct DecodeBytes {
