@@ -47,13 +47,20 @@ GPT_EXT_INLINE void store(float* p, Vec<float> x) {
   *reinterpret_cast<VectorOf<float>::unaligned*>(p) = x;
 }
 GPT_EXT_INLINE void store(uint32_t* p, Vec<uint32_t> x) { std::memcpy(p, &x, sizeof x); }
-GPT_EXT_INLINE Vec<uint32_t> round_to_bf16(Vec<float> x) {  // in the low half of each element
+GPT_EXT_INLINE Vec16Bit to_bf16(Vec<float> x) {  // ties to even
+#if GPT_EXT_BF16_DOT
+  return (Vec16Bit)_mm512_cvtneps_pbh((__m512)x);
+#else
   const Vec<uint32_t> bits = (Vec<uint32_t>)x;
-  const Vec<uint32_t> rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // ties to even
-  return x != x ? Vec<uint32_t>{} + 0x7FC0 : rounded;
+  const Vec<uint32_t> rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector(x != x ? Vec<uint32_t>{} + 0x7FC0 : rounded, Vec16Bit);
+#endif
+}
+GPT_EXT_INLINE Vec<uint32_t> round_to_bf16(Vec<float> x) {  // in the low half of each element
+  return __builtin_convertvector(to_bf16(x), Vec<uint32_t>);
 }
 GPT_EXT_INLINE void store(bf16* p, Vec<float> x) {
-  const Vec16Bit half = __builtin_convertvector(round_to_bf16(x), Vec16Bit);
+  const Vec16Bit half = to_bf16(x);
   std::memcpy(p, &half, sizeof half);
 }
 
@@ -143,8 +150,7 @@ GPT_EXT_INLINE Vec<float> load(const bf16* p, int64_t count) {
   return (Vec<float>)(__builtin_convertvector((Vec16Bit)half, Vec<uint32_t>) << 16);
 }
 GPT_EXT_INLINE void store(bf16* p, Vec<float> x, int64_t count) {
-  const Vec16Bit half = __builtin_convertvector(round_to_bf16(x), Vec16Bit);
-  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1 << count) - 1), (__m256i)half);
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1 << count) - 1), (__m256i)to_bf16(x));
 }
 #endif
 
