@@ -190,21 +190,23 @@ __attribute__((noinline)) Tiles<typename E::Operand> pack_tiles(Matrix<Storage> 
   using Operand = typename E::Operand;
   if (a.column != 1) {
     // A step is stored in runs of kRun; what lies beyond its 6 elements the next one overwrites.
-    constexpr int64_t kRun = std::max<int64_t>(8, kLanes<Operand>);
+    constexpr int64_t kRun = 8;
     const int64_t tile = kTileRows * steps + kRun;
+    Operand* line = memory + (rows + kTileRows - 1) / kTileRows * tile;
     for (int64_t s = 0; s < steps; ++s) {
       const int64_t k = k0 + s;
       prefetch_rows<E>(a, i0, rows, k + kPrefetchSteps, depth);
-      for (int64_t i = 0; i < rows; i += kTileRows) {
-        Operand* out = memory + i / kTileRows * tile + s * kTileRows;
-        if constexpr (kIsCopy<E, Storage, Map>)
-          if (i + 8 <= rows && (k + 1) * E::kDepth <= depth) {
-            join_bits<E, 8>(a.data + k * E::kDepth * a.column + i0 + i, a.column, out);
-            continue;
-          }
-        join_rows<E>(Matrix<Storage>{a.data, a.column, 1}, depth, k, 1, i0 + i,
-                     i + kRun <= rows ? kRun : std::min<int64_t>(kTileRows, rows - i), out, 0, map);
-      }
+      Operand* out = memory + s * kTileRows;
+      int64_t i = 0;
+      if constexpr (kIsCopy<E, Storage, Map>)
+        if ((k + 1) * E::kDepth <= depth)
+          for (; i + kRun <= rows; i += kTileRows, out += tile)
+            join_bits<E, kRun>(a.data + k * E::kDepth * a.column + i0 + i, a.column, out);
+      // What is computed is laid in a line first, once an element, as runs overlap.
+      join_rows<E>(Matrix<Storage>{a.data, a.column, 1}, depth, k, 1, i0 + i, rows - i, line, 0,
+                   map);
+      for (int64_t j = 0; j < rows - i; j += kTileRows, out += tile)
+        std::memcpy(out, line + j, kRun * sizeof *out);
     }
     return {memory, tile, 1, kTileRows};
   }
