@@ -49,7 +49,10 @@ GPT_EXT_INLINE void store(float* p, Vec<float> x) {
 GPT_EXT_INLINE void store(uint32_t* p, Vec<uint32_t> x) { std::memcpy(p, &x, sizeof x); }
 GPT_EXT_INLINE Vec16Bit to_bf16(Vec<float> x) {  // ties to even
 #if GPT_EXT_BF16_DOT
-  return (Vec16Bit)_mm512_cvtneps_pbh((__m512)x);
+  const auto rounded = _mm512_cvtneps_pbh((__m512)x);
+  Vec16Bit half;
+  std::memcpy(&half, &rounded, sizeof half);
+  return half;
 #else
   const Vec<uint32_t> bits = (Vec<uint32_t>)x;
   const Vec<uint32_t> rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;

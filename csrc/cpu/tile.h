@@ -33,7 +33,10 @@ struct Bf16Pairs {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
   GPT_EXT_INLINE static Vec<uint32_t> pair_up(const Vec<float> (&x)[2]) {
-    return (Vec<uint32_t>)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]);
+    const auto rounded = _mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]);
+    Vec<uint32_t> pairs;
+    std::memcpy(&pairs, &rounded, sizeof pairs);
+    return pairs;
   }
   GPT_EXT_INLINE static Vec<uint32_t> join(const Vec<float> (&x)[2]) {
     return round_to_bf16(x[0]) | round_to_bf16(x[1]) << 16;

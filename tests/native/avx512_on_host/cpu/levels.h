@@ -67,6 +67,15 @@ inline auto cvtneps_pbh(Floats x) {
   return rounded;
 }
 
+// vcvtne2ps2bf16: the second operand's elements come first.
+inline auto cvtne2ps_pbh(Floats second, Floats first) {
+  struct {
+    bf16 halves[32];
+  } rounded;
+  for (int i = 0; i < 32; ++i) rounded.halves[i] = to_bf16(i < 16 ? first[i] : second[i - 16]);
+  return rounded;
+}
+
 // vpdpbusd: bytes without sign times bytes with it, four products to a sum that wraps.
 inline __m512i dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
   uint8_t left[64];
@@ -83,6 +92,7 @@ inline __m512i dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
 }  // namespace gpt_ext::cpu::avx512_twin
 
 #define _mm512_cvtneps_pbh gpt_ext::cpu::avx512_twin::cvtneps_pbh
+#define _mm512_cvtne2ps_pbh gpt_ext::cpu::avx512_twin::cvtne2ps_pbh
 #define _mm512_dpbusd_epi32 gpt_ext::cpu::avx512_twin::dpbusd_epi32
 #define _mm256_maskz_loadu_epi16 gpt_ext::cpu::avx512_twin::maskz_loadu_epi16
 #define _mm256_mask_storeu_epi16 gpt_ext::cpu::avx512_twin::mask_storeu_epi16
