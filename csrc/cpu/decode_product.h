@@ -101,6 +101,14 @@ struct ProductOut {
   Activation activation = Activation::kRelu;
 };
 
+// Asks for the lines of a row that finish_row writes, while their sums are computed.
+template <class F>
+void prefetch_row(const ProductOut& out, const float* row, int64_t first, int64_t n) {
+  const int64_t bytes = out.finish == ProductOut::kActivate ? sizeof(typename F::Element) : 4;
+  const auto* line = reinterpret_cast<const std::byte*>(row) + first * bytes;
+  for (int64_t byte = 0; byte < n * bytes; byte += kLineBytes) __builtin_prefetch(line + byte);
+}
+
 // n sums, whole panels, to columns from `first` on of `row`.
 template <class F>
 void finish_row(const ProductOut& out, const float* sums, const float* bias, int64_t n, float* row,
@@ -170,6 +178,8 @@ Operands prepare(const ProductRows& in, int64_t depth, Range rows, const Operand
 
 // Bytes of a block of rows: it stays in L2 beside a group of panels.
 constexpr int64_t kBlockBytes = 192 * 1024;
+// Bytes of a product's rows that L2 does not hold from one product to the next.
+constexpr int64_t kFarBytes = 1024 * 1024;
 
 // f<kPanels>(p) for panels from p on, as many a time as there are; then for fewer.
 template <int kPanels, class F>
@@ -190,6 +200,7 @@ void product_typed(const Operands& rows, int64_t count, const PackedMatrix& m, R
   const int64_t stride = m.panel_bytes / static_cast<int64_t>(sizeof(Stored));
   const int64_t row_bytes = steps * F::kParts * static_cast<int64_t>(sizeof(Operand));
   const int64_t block_rows = std::max<int64_t>(1, kBlockBytes / row_bytes / kTileRows) * kTileRows;
+  const bool far = count * out.stride * static_cast<int64_t>(sizeof(float)) > kFarBytes;
   for (int64_t i0 = 0; i0 < count; i0 += block_rows) {
     const int64_t block = std::min(block_rows, count - i0);
     // Rows [i, i + kRows) by kPanels panels; what is beyond the block repeats its last row.
@@ -215,13 +226,17 @@ void product_typed(const Operands& rows, int64_t count, const PackedMatrix& m, R
           ahead = next;
         if (ahead.panel) ahead.panel += i / kTileRows * kAsked * ahead.stride;
       }
+      const int64_t columns = std::min(kPanels * kPanel, out.stride - p * kPanel);
+      const int64_t real_rows = std::min<int64_t>(kRows, block - i);
+      float* y = out.y + (i0 + i) * out.stride;
+      for (int64_t r = 0; far && r < real_rows; ++r)
+        prefetch_row<F>(out, y + r * out.stride, p * kPanel, columns);
       tile<F, kRows, kPanels>(a, row_scale,
                               {panel, stride, steps, {m.scale + p * kPanel, m.sum + p * kPanel}},
                               ahead, sums);
-      const int64_t columns = std::min(kPanels * kPanel, out.stride - p * kPanel);
-      for (int64_t r = 0; r < std::min<int64_t>(kRows, block - i); ++r)
+      for (int64_t r = 0; r < real_rows; ++r)
         finish_row<F>(out, sums + r * kPanels * kPanel, m.bias + p * kPanel, columns,
-                      out.y + (i0 + i + r) * out.stride, p * kPanel);
+                      y + r * out.stride, p * kPanel);
     };
     const auto one = [&]<int kPanels>(int64_t p) { run.template operator()<1, kPanels>(p, 0); };
     const auto many = [&]<int kPanels>(int64_t p) {
