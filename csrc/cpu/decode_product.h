@@ -176,8 +176,9 @@ Operands prepare(const ProductRows& in, int64_t depth, Range rows, const Operand
   return {to.words, to.scale, to.row};
 }
 
-// Bytes of a block of rows: it stays in L2 beside a group of panels.
-constexpr int64_t kBlockBytes = 192 * 1024;
+// Bytes of a block of rows: it stays in L2 beside a group of panels. Of rows of any length three
+// tiles are one: else 16 sequences would read GPT-2's longest weights twice.
+constexpr int64_t kBlockBytes = 192 * 1024, kLeastBlockTiles = 3;
 // Bytes of a product's rows that L2 does not hold from one product to the next.
 constexpr int64_t kFarBytes = 1024 * 1024;
 
@@ -199,7 +200,8 @@ void product_typed(const Operands& rows, int64_t count, const PackedMatrix& m, R
   const int64_t steps = (m.depth + F::kDepth - 1) / F::kDepth;
   const int64_t stride = m.panel_bytes / static_cast<int64_t>(sizeof(Stored));
   const int64_t row_bytes = steps * F::kParts * static_cast<int64_t>(sizeof(Operand));
-  const int64_t block_rows = std::max<int64_t>(1, kBlockBytes / row_bytes / kTileRows) * kTileRows;
+  const int64_t block_rows =
+      std::max(kLeastBlockTiles, kBlockBytes / row_bytes / kTileRows) * kTileRows;
   const bool far = count * out.stride * static_cast<int64_t>(sizeof(float)) > kFarBytes;
   for (int64_t i0 = 0; i0 < count; i0 += block_rows) {
     const int64_t block = std::min(block_rows, count - i0);
