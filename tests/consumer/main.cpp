@@ -5,12 +5,11 @@
 
 int main() {
   const float x = 2, w1 = 3, b1 = 1, w2 = 1, b2 = 5;
-  float out = 0, hidden = 0;
+  float out = 0, saved = 0;
   const gpt_ext::Precision precision{gpt_ext::DType::kFloat32, gpt_ext::DType::kFloat32};
   gpt_ext::ffn_forward(gpt_ext::Cpu{},
                        {.out = &out,
-                        .saved = &hidden,
-                        .hidden = &hidden,
+                        .saved = &saved,
                         .x = &x,
                         .w1 = &w1,
                         .b1 = &b1,
