@@ -131,8 +131,8 @@ class InputGradient {
   // Rows [first, first + rows), `first` whole units, from theirs of g (rows, o).
   template <class G>
   void compute(int64_t first, int64_t rows, const G* g) const {
-    if (!reads_once_) return compute(first, rows, g, 0, [](int64_t, int64_t, std::byte*) {});
     if (!wanted_) return;
+    if (!reads_once_) return compute(first, rows, g, 0, [](int64_t, int64_t, std::byte*) {});
     gemm_reading_once<E>(rows, o_, Matrix<G>{g, o_, 1}, w_, d_, to_dy(first));
     if constexpr (kHasNorm)
       parallel_for_rows<E>(rows, d_, 0,

@@ -26,9 +26,11 @@ void linear_gradients(const LinearBackward& p, const G* g, const Map& map) {
   const int64_t rows = p.problem.rows, d = p.problem.in_dim, o = p.problem.out_dim;
   const auto* x = static_cast<const X*>(p.x);       // (N, d)
   const auto* w = static_cast<const Stream*>(p.w);  // (o, d)
-  const InputGradient<E, X, Map, LinearBackward, Stream> dx(p, o, w, d, rows, nullptr);
-  dx.compute(0, rows, g);
-  dx.finish();
+  {  // its packed weights are gone before x is packed
+    const InputGradient<E, X, Map, LinearBackward, Stream> dx(p, o, w, d, rows, nullptr);
+    dx.compute(0, rows, g);
+    dx.finish();
+  }
   if (p.dw) {
     Buffer<typename E::Operand> packed(Panels<E>::size(rows, d));
     weight_gradient<E>(g, o, x, d, rows, static_cast<Stream*>(p.dw), packed.get(), map);
