@@ -108,15 +108,20 @@ class Prefetch {
     for (int i = 0; i < kRowsATile && at_ < count_; ++i) {
       const Bytes& x = matrices_[at_];
       const char* row = x.data + row_ * x.row;
-      for (int64_t byte = 0; byte < x.width; byte += kLine) __builtin_prefetch(row + byte, 0, kL2);
-      __builtin_prefetch(row + x.width - 1, 0, kL2);
+      int64_t byte = 0;
+      for (; byte < x.width; byte += kLine) __builtin_prefetch(row + byte, 0, kL2);
+      // To the last line that its last vector touches: what a masked load leaves out of a line that
+      // is not in cache, it waits for all the same.
+      __builtin_prefetch(row + byte - 1, 0, kL2);
       if (++row_ == rows_) row_ = 0, ++at_;
     }
   }
 
  private:
-  static constexpr int kL2 = 2;         // __builtin_prefetch's locality
-  static constexpr int kRowsATile = 3;  // about 1000 rows a head and 400 tiles, at T = 128
+  static constexpr int kL2 = 2;  // __builtin_prefetch's locality
+  // At T = 128 backward has 1,000 rows to fetch and, 64 columns wide, 130 tiles; forward half of
+  // each.
+  static constexpr int kRowsATile = (kTileColumns<float> + 5) / 6;
   static constexpr int64_t kLine = 64;
   struct Bytes {
     const char* data;

@@ -127,7 +127,8 @@ __attribute__((noinline)) void multiply_panel(int64_t i0, int64_t rows, int64_t 
 
 // Blocks: A's (96 x 512 float32, 196 KB), and where k takes several blocks the partial sums
 // (96 x 768, 295 KB), stay in L2 with a panel's block of B (at 64 columns 128 KB). Up to 1024 steps
-// are one block, and there are no partial sums.
+// over columns, which a network's layers have, are one block, and there are no partial sums; rows
+// are as many as the caller likes, and long sums of float32 lose digits.
 constexpr int64_t kBlockRows = 96, kBlockColumns = 768, kBlockSteps = 512;
 static_assert(kBlockRows % kTileRows == 0);
 static_assert(kBlockColumns % kTileColumns<float> == 0);
@@ -137,8 +138,8 @@ static_assert(kBlockColumns % kTileColumns<float> == 0);
 struct Split {
   int64_t count, size;
 };
-inline Split split_steps(int64_t steps) {
-  const int64_t largest = steps <= 2 * kBlockSteps ? 2 * kBlockSteps : kBlockSteps;
+inline Split split_steps(int64_t steps, bool over_rows) {
+  const int64_t largest = !over_rows && steps <= 2 * kBlockSteps ? 2 * kBlockSteps : kBlockSteps;
   const int64_t blocks = std::max<int64_t>(1, (steps + largest - 1) / largest);
   const int64_t size = (steps + blocks - 1) / blocks;
   return {size ? (steps + size - 1) / size : 0, size};
@@ -178,6 +179,7 @@ struct TilesOfBlock : Callback<Tiles<typename E::Operand>, int64_t, int64_t, int
 
   template <class F>
   TilesOfBlock(const F& f) : Base(f), transposed(f.first) {}
+  bool over_rows() const { return transposed.data; }  // whether k runs over rows in memory
 };
 
 // b(p, k, steps, memory): where steps [k, k + steps) of panel p lie; they may be packed into
@@ -203,8 +205,9 @@ struct BlockScratch {
   size_t bytes;
 
   // For blocks of so many rows and columns of a product of so many steps.
-  BlockScratch(std::byte* memory, int64_t rows, int64_t columns, int64_t steps) {
-    const Split blocks = split_steps(steps);
+  BlockScratch(std::byte* memory, int64_t rows, int64_t columns, int64_t steps,
+               bool over_rows = false) {
+    const Split blocks = split_steps(steps, over_rows);
     Carver carver(memory);
     row = std::min(kBlockColumns, round_up<typename E::Sum>(columns));
     sums = carver.take<typename E::Sum>(blocks.count > 1 ? rows * row : 0);
@@ -233,7 +236,7 @@ __attribute__((noinline)) void gemm_block(int64_t i0, int64_t rows, int64_t j0, 
                                           const PanelBlocks<E>& b, const TilesOfBlock<E>& tiles,
                                           const Epilogue<E>& epilogue,
                                           const BlockScratch<E>& scratch) {
-  const Split k_blocks = split_steps(b.steps);
+  const Split k_blocks = split_steps(b.steps, tiles.over_rows());
   const int64_t most = k_blocks.count <= 1 ? columns : kBlockColumns;
   for (int64_t j = j0; j < j0 + columns; j += most) {
     const int64_t n = std::min(most, j0 + columns - j);
@@ -277,7 +280,7 @@ __attribute__((noinline)) void gemm_blocks(int64_t rows, const PanelBlocks<E>& b
   const int64_t across = (b.columns + block.columns - 1) / block.columns;
   const int64_t down = (rows + block.rows - 1) / block.rows;
   const auto scratch = [&](std::byte* memory) {
-    return BlockScratch<E>(memory, block.rows, block.columns, b.steps);
+    return BlockScratch<E>(memory, block.rows, block.columns, b.steps, tiles.over_rows());
   };
   parallel_for(down * across, scratch(nullptr).bytes, [&](int64_t task, std::byte* memory) {
     const int64_t i = task % down * block.rows, j = task / down * block.columns;

@@ -110,13 +110,16 @@ void transpose_columns(Matrix<Storage> x, int64_t depth, int64_t k, int64_t step
   constexpr int64_t kSide = kLanes<Operand>;
   for (int64_t j = 0; j < columns; j += kSide)
     for (int64_t s = 0; s < steps; s += kSide) {
-      Vec<Operand> square[kSide] = {};
-      for (int64_t i = 0; i < std::min(kSide, columns - j); ++i)
-        square[i] = load_steps<E>(x.data + (n + j + i) * x.column, n + j + i, (k + s) * E::kDepth,
-                                  depth, map);
+      Vec<Operand> square[kSide];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kSide; ++i)
+        square[i] = i < columns - j ? load_steps<E>(x.data + (n + j + i) * x.column, n + j + i,
+                                                    (k + s) * E::kDepth, depth, map)
+                                    : Vec<Operand>{};
       transpose<Operand>(square);
-      for (int64_t i = 0; i < std::min(kSide, steps - s); ++i)
-        store(out + (s + i) * out_row + j, square[i]);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kSide; ++i)
+        if (i < steps - s) store(out + (s + i) * out_row + j, square[i]);
     }
 }
 
