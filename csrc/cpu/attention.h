@@ -91,17 +91,14 @@ void attention_dropout_scales(const AttentionProblem& problem, int64_t head, int
                  scales);
 }
 
-// Brings rows that are needed later into L2 while products are computed, a few a tile: at T = 128
-// waiting for memory would take a quarter of the time.
+// Brings rows that are needed next into L2 while a block's products are computed, a few a tile: at
+// T = 128 waiting for memory would take a quarter of the time.
 class Prefetch {
  public:
-  explicit Prefetch(int64_t rows) : rows_(rows) {}
-
   template <class Storage>
-  void add(Matrix<Storage> x, int64_t dim) {
-    if (rows_ == 0) return;
+  void add(Matrix<Storage> x, int64_t rows, int64_t dim) {
     const int64_t size = sizeof(Storage);
-    matrices_[count_++] = {reinterpret_cast<const char*>(x.data), x.row * size, dim * size};
+    matrices_[count_++] = {reinterpret_cast<const char*>(x.data), x.row * size, dim * size, rows};
   }
 
   GPT_EXT_INLINE void a_few_rows() {
@@ -113,7 +110,7 @@ class Prefetch {
       // To the last line that its last vector touches: what a masked load leaves out of a line that
       // is not in cache, it waits for all the same.
       __builtin_prefetch(row + byte - 1, 0, kL2);
-      if (++row_ == rows_) row_ = 0, ++at_;
+      if (++row_ == x.rows) row_ = 0, ++at_;
     }
   }
 
@@ -125,10 +122,9 @@ class Prefetch {
   static constexpr int64_t kLine = 64;
   struct Bytes {
     const char* data;
-    int64_t row, width;
+    int64_t row, width, rows;
   };
   Bytes matrices_[8];
-  int64_t rows_;
   int64_t count_ = 0, at_ = 0, row_ = 0;  // matrices; the one, and its row, that come next
 };
 

@@ -113,7 +113,7 @@ void dot_rows(Matrix<Storage> dout, Matrix<Storage> out, int64_t rows, int64_t d
 template <class E, class Sum = typename E::Sum>
 void backward_block(const AttentionProblem& problem, const BackwardScratch<E>& s,
                     const BackwardPart& part, const Sum* lse, int64_t head, int64_t at, int64_t row,
-                    int64_t rows, int64_t key, int64_t keys, Prefetch& prefetch) {
+                    int64_t rows, int64_t key, int64_t keys, Prefetch prefetch) {
   using Operand = typename E::Operand;
   const int64_t dim = problem.dim, ahead = row - key, stride = row_stride<Sum>(dim);
   const int64_t left = row_stride<Operand>(steps_of_depth<E>(dim));
@@ -161,48 +161,71 @@ template <class Storage>
 void attention_backward_part(const AttentionBackward& p, int64_t head, const BackwardPart& part,
                              std::byte* memory) {
   using E = Arithmetic<Storage>;
+  using Operand = typename E::Operand;
   using Sum = typename E::Sum;
   const auto& problem = p.problem;
-  const int64_t dim = problem.dim, first = part.queries.begin;
-  const int64_t end = part.queries.end;
-  const auto matrix = [&](ConstHeads x, int64_t t) {
-    return from_row(head_matrix<Storage>(x, problem, head), t);
-  };
-  const auto gradient = [&](Heads x, int64_t t) {
-    return head_data<Storage>(x, problem, head) + t * x.time;
-  };
+  const int64_t dim = problem.dim, first = part.queries.begin, end = part.queries.end;
+  const int64_t left = row_stride<Operand>(steps_of_depth<E>(dim));
+  const int64_t right = row_stride<Operand>(dim), stride = row_stride<Sum>(dim);
+  const auto q = head_matrix<Storage>(p.q, problem, head),
+             k = head_matrix<Storage>(p.k, problem, head),
+             v = head_matrix<Storage>(p.v, problem, head),
+             out = head_matrix<Storage>(p.out, problem, head),
+             dout = head_matrix<Storage>(p.dout, problem, head);
+  auto* dq = head_data<Storage>(p.dq, problem, head);
+  auto* dk = head_data<Storage>(p.dk, problem, head);
+  auto* dv = head_data<Storage>(p.dv, problem, head);
   const auto* lse = static_cast<const Sum*>(p.lse) + head * problem.time;
   const BackwardScratch<E> s(memory, problem);
   const Sum scale = static_cast<Sum>(problem.scale);
 
-  Prefetch prefetch(problem.time <= kBlock ? problem.time : 0);
-  for (const Heads& x : {p.dq, p.dk, p.dv})
-    prefetch.add(Matrix<Storage>{gradient(x, 0), x.time, 1}, dim);
-  if (head + 1 < problem.batch * problem.heads)
-    for (const ConstHeads& x : {p.q, p.k, p.v, p.dout, p.out})
-      prefetch.add(head_matrix<Storage>(x, problem, head + 1), dim);
-
-  const auto copy = [&](Matrix<Storage> x, typename E::Operand* left, typename E::Operand* right) {
-    copy_rows<E>(x, end - first, dim, left);
-    if (right != left) join_rows<E>(x, end - first, dim, right);
+  // What is needed after queries from `row` on have met keys from `key` on.
+  const auto fetch_next = [&](int64_t row, int64_t key) {
+    Prefetch prefetch;
+    const auto add = [&](Matrix<Storage> x, int64_t t) {
+      prefetch.add(from_row(x, t), std::min(kBlock, problem.time - t), dim);
+    };
+    if (part.dq && row == key) add({dq, p.dq.time, 1}, row);
+    if (row + kBlock < end) {
+      if (key == part.keys.begin)
+        for (const auto& x : {q, dout, out}) add(x, row + kBlock);
+      return prefetch;
+    }
+    if (part.dkv) add({dk, p.dk.time, 1}, key), add({dv, p.dv.time, 1}, key);
+    if (key + kBlock < part.keys.end)
+      for (const auto& x : {k, v}) add(x, key + kBlock);
+    else if (part.dq && part.dkv && head + 1 < problem.batch * problem.heads)
+      for (const ConstHeads& x : {p.k, p.v, p.q, p.dout, p.out})
+        add(head_matrix<Storage>(x, problem, head + 1), 0);
+    return prefetch;
   };
-  copy(matrix(p.q, first), s.q, s.q_right);
-  copy(matrix(p.dout, first), s.dout, s.dout_right);
-  dot_rows(matrix(p.dout, first), matrix(p.out, first), end - first, dim, s.delta);
+  const auto copy = [&](Matrix<Storage> x, int64_t rows, Operand* to_left, Operand* to_right) {
+    copy_rows<E>(x, rows, dim, to_left);
+    if (to_right != to_left) join_rows<E>(x, rows, dim, to_right);
+  };
   for (int64_t key = part.keys.begin; key < part.keys.end; key += kBlock) {
     const int64_t keys = std::min(kBlock, part.keys.end - key);
-    join_rows<E>(matrix(p.k, key), keys, dim, s.k);
-    transpose_rows<E>(matrix(p.k, key), keys, dim, s.k_t);
-    transpose_rows<E>(matrix(p.v, key), keys, dim, s.v_t);
-    for (int64_t row = std::max(first, key); row < end; row += kBlock)
-      backward_block<E>(problem, s, part, lse + row, head, row - first, row,
-                        std::min(kBlock, end - row), key, keys, prefetch);
+    join_rows<E>(from_row(k, key), keys, dim, s.k);
+    transpose_rows<E>(from_row(k, key), keys, dim, s.k_t);
+    transpose_rows<E>(from_row(v, key), keys, dim, s.v_t);
+    for (int64_t row = std::max(first, key); row < end; row += kBlock) {
+      const int64_t at = row - first, rows = std::min(kBlock, end - row);
+      if (key == part.keys.begin) {
+        const int64_t to_left = at * left, to_right = at / E::kDepth * right;
+        copy(from_row(q, row), rows, s.q + to_left, s.q_right + to_right);
+        copy(from_row(dout, row), rows, s.dout + to_left, s.dout_right + to_right);
+        dot_rows(from_row(dout, row), from_row(out, row), rows, dim, s.delta + at);
+      }
+      backward_block<E>(problem, s, part, lse + row, head, at, row, rows, key, keys,
+                        fetch_next(row, key));
+      if (part.dq && row == key)
+        store_rows(s.dq + at * stride, rows, dim, scale, dq + row * p.dq.time, p.dq.time);
+    }
     if (part.dkv) {
-      store_rows(s.dk, keys, dim, scale, gradient(p.dk, key), p.dk.time);
-      store_rows(s.dv, keys, dim, Sum(1), gradient(p.dv, key), p.dv.time);
+      store_rows(s.dk, keys, dim, scale, dk + key * p.dk.time, p.dk.time);
+      store_rows(s.dv, keys, dim, Sum(1), dv + key * p.dv.time, p.dv.time);
     }
   }
-  if (part.dq) store_rows(s.dq, end - first, dim, scale, gradient(p.dq, first), p.dq.time);
 }
 
 template <class Storage>

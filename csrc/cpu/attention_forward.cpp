@@ -46,25 +46,18 @@ struct ForwardScratch {
   }
 };
 
-// One row's step of the online softmax: scores become probabilities, times dropout's scales unless
-// these are null, in the format of operands at the row's beginning. Returns the factor by which
-// what was summed before must shrink.
+// One row's scores become probabilities, times dropout's scales unless these are null, in the
+// format of operands at the row's beginning. Returns their sum, taken before dropout and rounding.
 template <class E, class Sum = typename E::Sum>
-Vec<Sum> online_softmax(Sum* scores, int64_t keys, const Sum* scales, Sum& max, Sum& sum) {
-  Vec<Sum> largest = broadcast(max);
-  for (int64_t j = 0; j < keys; j += kLanes<Sum>) largest = maximum<Sum>(largest, load(scores + j));
-  const Sum new_max = reduce_max<Sum>(largest);
+Sum to_probabilities(Sum* scores, int64_t keys, const Sum* scales, Sum max) {
   auto* out = reinterpret_cast<Element<E>*>(scores);
   Vec<Sum> total{};
   for (int64_t j = 0; j < keys; j += kLanes<Sum>) {
-    const Vec<Sum> probability = exp2(load(scores + j) - new_max);
+    const Vec<Sum> probability = exp2(load(scores + j) - max);
     store(out + j, scales ? probability * load(scales + j) : probability);
     total += probability;
   }
-  const Vec<Sum> shrink = exp2(broadcast(max - new_max));
-  sum = sum * shrink[0] + reduce_sum<Sum>(total);
-  max = new_max;
-  return shrink;
+  return reduce_sum<Sum>(total);
 }
 
 // Queries [row, row + rows) of a head, of which q, o, max and sum lie from `at` on in the scratch,
@@ -72,12 +65,13 @@ Vec<Sum> online_softmax(Sum* scores, int64_t keys, const Sum* scales, Sum& max, 
 template <class E>
 void forward_block(const AttentionProblem& problem, const ForwardScratch<E>& s, int64_t head,
                    int64_t at, int64_t row, int64_t rows, int64_t key, int64_t keys,
-                   Prefetch& prefetch) {
+                   Prefetch prefetch) {
   using Operand = typename E::Operand;
   using Sum = typename E::Sum;
   const int64_t dim = problem.dim, stride = row_stride<Sum>(dim), ahead = row - key;
   const int64_t q_stride = row_stride<Operand>(steps_of_depth<E>(dim));
   const Sum scale = static_cast<Sum>(problem.scale * kLog2E);
+  const bool drops = problem.dropout_p > 0;
   Sum* o = s.o + at * stride;
 
   multiply_tiles<E>(
@@ -87,22 +81,37 @@ void forward_block(const AttentionProblem& problem, const ForwardScratch<E>& s, 
         constexpr Sum kMasked = -std::numeric_limits<Sum>::infinity();
         store(s.scores + i * kBlock + j, keep_part<Sum>(x * scale, i + ahead + 1 - j, kMasked));
       });
-  for (int64_t i = 0; i < rows; ++i) {
-    // What the product below reads: keys up to the last query of this row's tile.
+  // How many keys of row i the product below reads: up to the last query of its tile.
+  const auto keys_of = [&](int64_t i) {
     const int64_t tile_end = std::min(rows, (i / kTileRows + 1) * kTileRows);
-    const int64_t read = round_up<Sum>(std::min(keys, tile_end + ahead));
+    return round_up<Sum>(std::min(keys, tile_end + ahead));
+  };
+  // All rows' maxima before any exponential: else each row waits for its maximum.
+  Sum shrink[kBlock] = {};
+  for (int64_t i = 0; i < rows; ++i) {
+    Sum& max = s.max[at + i];
+    Vec<Sum> largest = broadcast(max);
+    for (int64_t j = 0; j < keys_of(i); j += kLanes<Sum>)
+      largest = maximum<Sum>(largest, load(s.scores + i * kBlock + j));
+    const Sum old_max = max;
+    max = reduce_max<Sum>(largest);
+    shrink[i] = old_max - max;
+  }
+  for (int64_t i = 0; i < rows; i += kLanes<Sum>) store(shrink + i, exp2(load(shrink + i)));
+  for (int64_t i = 0; i < rows; ++i) {
     Sum scales[kBlock];
-    if (problem.dropout_p > 0) attention_dropout_scales(problem, head, row + i, key, read, scales);
-    const Vec<Sum> shrink =
-        online_softmax<E>(s.scores + i * kBlock, read, problem.dropout_p > 0 ? scales : nullptr,
-                          s.max[at + i], s.sum[at + i]);
-    if (key > 0)
-      for (int64_t c = i * stride; c < i * stride + dim; c += kLanes<Sum>)
-        store(o + c, load(o + c) * shrink);
+    if (drops) attention_dropout_scales(problem, head, row + i, key, keys_of(i), scales);
+    Sum& sum = s.sum[at + i];
+    sum = sum * shrink[i] + to_probabilities<E>(s.scores + i * kBlock, keys_of(i),
+                                                drops ? scales : nullptr, s.max[at + i]);
   }
   multiply_tiles<E>(
       rows, dim, Matrix<Operand>{reinterpret_cast<const Operand*>(s.scores), kBlock, 1}, s.v,
-      row_stride<Operand>(dim), KeySteps{keys, ahead}, prefetch, AddTo<Sum>{o, stride, key == 0});
+      row_stride<Operand>(dim), KeySteps{keys, ahead},
+      prefetch, [&](int64_t i, int64_t j, Vec<Sum> x) __attribute__((always_inline)) {
+        Sum* out = o + i * stride + j;
+        store(out, key == 0 ? x : load(out) * shrink[i] + x);
+      });
 }
 
 template <class Storage>
@@ -112,34 +121,50 @@ void attention_forward_task(const AttentionForward& p, int64_t head, int64_t fir
   using Sum = typename E::Sum;
   const auto& problem = p.problem;
   const int64_t dim = problem.dim, stride = row_stride<Sum>(dim);
-  const int64_t rows = end - first;
+  const int64_t q_stride = row_stride<typename E::Operand>(steps_of_depth<E>(dim));
   const auto q = head_matrix<Storage>(p.q, problem, head),
              k = head_matrix<Storage>(p.k, problem, head),
              v = head_matrix<Storage>(p.v, problem, head);
-  Storage* out = head_data<Storage>(p.out, problem, head) + first * p.out.time;
-  auto* lse = static_cast<Sum*>(p.lse) + head * problem.time + first;
-  const ForwardScratch<E> s(memory, rows, dim);
+  Storage* out = head_data<Storage>(p.out, problem, head);
+  auto* lse = static_cast<Sum*>(p.lse) + head * problem.time;
+  const ForwardScratch<E> s(memory, end - first, dim);
 
-  Prefetch prefetch(problem.time <= kBlock ? problem.time : 0);
-  prefetch.add(Matrix<Storage>{out, p.out.time, 1}, dim);
-  if (head + 1 < problem.batch * problem.heads)
-    for (const ConstHeads& x : {p.q, p.k, p.v})
-      prefetch.add(head_matrix<Storage>(x, problem, head + 1), dim);
-
-  copy_rows<E>(from_row(q, first), rows, dim, s.q);
-  std::fill_n(s.max, rows, -std::numeric_limits<Sum>::infinity());
-  std::fill_n(s.sum, rows, Sum(0));
+  // What is needed after queries from `row` on have met keys from `key` on.
+  const auto fetch_next = [&](int64_t row, int64_t key) {
+    Prefetch prefetch;
+    const auto add = [&](Matrix<Storage> x, int64_t t) {
+      prefetch.add(from_row(x, t), std::min(kBlock, end - t), dim);
+    };
+    if (row == key) add({out, p.out.time, 1}, row);
+    if (row + kBlock < end) {
+      if (key == 0) add(q, row + kBlock);
+    } else if (key + kBlock < end) {
+      for (const auto& x : {k, v}) add(x, key + kBlock);
+    } else if (head + 1 < problem.batch * problem.heads) {
+      add(head_matrix<Storage>(p.q, problem, head + 1), first);
+      for (const ConstHeads& x : {p.k, p.v}) add(head_matrix<Storage>(x, problem, head + 1), 0);
+    }
+    return prefetch;
+  };
   for (int64_t key = 0; key < end; key += kBlock) {
     const int64_t keys = std::min(kBlock, end - key);
     transpose_rows<E>(from_row(k, key), keys, dim, s.k_t);
     join_rows<E>(from_row(v, key), keys, dim, s.v);
-    for (int64_t row = std::max(first, key); row < end; row += kBlock)
-      forward_block<E>(problem, s, head, row - first, row, std::min(kBlock, end - row), key, keys,
-                       prefetch);
-  }
-  for (int64_t i = 0; i < rows; ++i) {
-    store_row(s.o + i * stride, dim, 1 / s.sum[i], out + i * p.out.time);
-    lse[i] = Sum(kLn2) * (s.max[i] + std::log2(s.sum[i]));
+    for (int64_t row = std::max(first, key); row < end; row += kBlock) {
+      const int64_t at = row - first, rows = std::min(kBlock, end - row);
+      if (key == 0) {
+        copy_rows<E>(from_row(q, row), rows, dim, s.q + at * q_stride);
+        std::fill_n(s.max + at, rows, -std::numeric_limits<Sum>::infinity());
+        std::fill_n(s.sum + at, rows, Sum(0));
+      }
+      forward_block<E>(problem, s, head, at, row, rows, key, keys, fetch_next(row, key));
+    }
+    // Queries of the same numbers have met all their keys.
+    for (int64_t i = std::max(first, key); i < key + keys; ++i) {
+      const int64_t at = i - first;
+      store_row(s.o + at * stride, dim, 1 / s.sum[at], out + i * p.out.time);
+      lse[i] = Sum(kLn2) * (s.max[at] + std::log2(s.sum[at]));
+    }
   }
 }
 
