@@ -3,59 +3,53 @@
 
 namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
-// The 64-bit products of each element of a with m: upper and lower halves.
-struct WideProduct {
-  Vec<uint32_t> high, low;
-};
-GPT_EXT_INLINE WideProduct multiply_wide(Vec<uint32_t> a, uint32_t m) {
-  WideProduct product;
-#if defined(__x86_64__) && GPT_EXT_VECTOR_BYTES >= 32
-  const auto times_m = [m](Vec<uint64_t> x) {  // of the lower half of each element
-#if GPT_EXT_VECTOR_BYTES == 32
-    return (Vec<uint64_t>)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(m));
+// Words as Philox multiplies them: each in the lower half of a 64-bit element, whose upper half
+// holds anything. Words times m, all 64 bits of each.
+GPT_EXT_INLINE Vec<uint64_t> multiply_words(Vec<uint64_t> words, uint32_t m) {
+#if defined(__x86_64__) && GPT_EXT_VECTOR_BYTES == 64
+  return (Vec<uint64_t>)_mm512_mul_epu32((__m512i)words, _mm512_set1_epi64(m));
+#elif defined(__x86_64__) && GPT_EXT_VECTOR_BYTES == 32
+  return (Vec<uint64_t>)_mm256_mul_epu32((__m256i)words, _mm256_set1_epi64x(m));
 #else
-    return (x & 0xFFFFFFFF) * m;
+  return (words & 0xFFFFFFFF) * m;
 #endif
-  };
-  const Vec<uint64_t> even = times_m((Vec<uint64_t>)a), odd = times_m((Vec<uint64_t>)a >> 32);
-  product.high = (Vec<uint32_t>)(even >> 32 | (odd & ~uint64_t{0xFFFFFFFF}));
-  product.low = (Vec<uint32_t>)((even & 0xFFFFFFFF) | odd << 32);
-#else
-  for (int i = 0; i < kLanes<uint32_t>; ++i) {
-    const uint64_t wide = uint64_t{a[i]} * m;
-    product.high[i] = static_cast<uint32_t>(wide >> 32);
-    product.low[i] = static_cast<uint32_t>(wide);
-  }
-#endif
-  return product;
 }
 
-// Words of consecutive Philox blocks, as common/philox.h computes one.
-constexpr int64_t kBlocks = kLanes<uint32_t>;
+// Words of consecutive Philox blocks, as common/philox.h computes one. Two vectors of each word, as
+// one would wait for itself.
+constexpr int kChains = 2;
+constexpr int64_t kBlocks = kChains * kLanes<uint64_t>;
 GPT_EXT_INLINE void philox_blocks(uint64_t key, Philox4 first, uint32_t (&words)[4 * kBlocks]) {
+  using Words = Vec<uint64_t>;
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-  Vec<uint32_t> x[4];
-  for (int w = 0; w < 4; ++w) x[w] = Vec<uint32_t>{} + first.word[w];
-  for (int i = 0; i < kBlocks; ++i) x[0][i] += static_cast<uint32_t>(i);
+  Words lane{}, x[4][kChains];
+  for (int i = 0; i < kLanes<uint64_t>; ++i) lane[i] = static_cast<uint64_t>(i);
+  for (uint64_t c = 0; c < kChains; ++c) {
+    for (int w = 0; w < 4; ++w) x[w][c] = Words{} + first.word[w];
+    x[0][c] += lane + c * kLanes<uint64_t>;
+  }
   for (int round = 0; round < 10; ++round) {
-    const WideProduct p0 = multiply_wide(x[0], 0xD2511F53), p1 = multiply_wide(x[2], 0xCD9E8D57);
-    x[0] = p1.high ^ x[1] ^ k0;
-    x[1] = p1.low;
-    x[2] = p0.high ^ x[3] ^ k1;
-    x[3] = p0.low;
+    for (int c = 0; c < kChains; ++c) {
+      const Words p0 = multiply_words(x[0][c], 0xD2511F53);
+      const Words p1 = multiply_words(x[2][c], 0xCD9E8D57);
+      x[0][c] = p1 >> 32 ^ x[1][c] ^ k0;
+      x[1][c] = p1;
+      x[2][c] = p0 >> 32 ^ x[3][c] ^ k1;
+      x[3][c] = p0;
+    }
     k0 += 0x9E3779B9;
     k1 += 0xBB67AE85;
   }
-  if constexpr (kBlocks == 1) {
-    for (int w = 0; w < 4; ++w) store(words + w, x[w]);
-  } else {  // block by block: zip words 0 and 2, 1 and 3, then both
-    constexpr std::make_index_sequence<kBlocks> kLane;
-    const Vec<uint32_t> even[2] = {zip<0>(x[0], x[2], kLane), zip<1>(x[0], x[2], kLane)};
-    const Vec<uint32_t> odd[2] = {zip<0>(x[1], x[3], kLane), zip<1>(x[1], x[3], kLane)};
-    for (int half = 0; half < 2; ++half) {
-      store(words + 2 * half * kBlocks, zip<0>(even[half], odd[half], kLane));
-      store(words + (2 * half + 1) * kBlocks, zip<1>(even[half], odd[half], kLane));
+  for (int c = 0; c < kChains; ++c) {
+    const Words first_two = (x[0][c] & 0xFFFFFFFF) | x[1][c] << 32;
+    const Words last_two = (x[2][c] & 0xFFFFFFFF) | x[3][c] << 32;
+    Words blocks[2] = {first_two, last_two};
+    if constexpr (kLanes<uint64_t> > 1) {
+      constexpr std::make_index_sequence<kLanes<uint64_t>> kLane;
+      blocks[0] = zip<0>(first_two, last_two, kLane);
+      blocks[1] = zip<1>(first_two, last_two, kLane);
     }
+    std::memcpy(words + c * sizeof blocks / sizeof *words, blocks, sizeof blocks);
   }
 }
 
