@@ -40,6 +40,11 @@ CROSS_ENTROPY_SHAPES = {  # (N, d, V)
     "GPT-2 124M": (1024, 768, 50257),
 }
 
+EMBEDDING_SHAPES = {  # (B, T, V, d)
+    "seed": (64, 128, 104, 252),
+    "GPT-2 124M": (4, 64, 50257, 768),
+}
+
 Call = Callable[..., Tensor]
 
 
@@ -190,9 +195,25 @@ def cross_entropy_cases(make: Maker) -> Iterator[Case]:
         yield case("cross entropy", f"{name} {rows}x{d}x{vocab_size}", inputs, ours, eager)
 
 
+def embedding_cases(make: Maker) -> Iterator[Case]:
+    for name, (batch, time, vocab_size, d) in EMBEDDING_SHAPES.items():
+        tokens = torch.randint(vocab_size, (batch, time), device=make.device)
+
+        def eager(weight: Tensor, positions: Tensor, tokens: Tensor = tokens) -> Tensor:
+            return F.embedding(tokens, weight) + positions
+
+        def ours(weight: Tensor, positions: Tensor, tokens: Tensor = tokens) -> Tensor:
+            return ops.embedding(tokens, weight, positions)
+
+        inputs = make.normal(vocab_size, d), make.normal(time, d)
+        shape = f"{name} {batch}x{time}x{vocab_size}x{d}"
+        yield case("embedding", shape, inputs, ours, eager)
+
+
 CASES: dict[str, Callable[[Maker], Iterator[Case]]] = {
     "attention": attention_cases,
     "ffn": ffn_cases,
     "linear": linear_cases,
     "cross_entropy": cross_entropy_cases,
+    "embedding": embedding_cases,
 }

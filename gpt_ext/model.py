@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from gpt_ext import generation, layouts
 from gpt_ext.checks import check_token_ids, check_tokens
-from gpt_ext.ops import Norm, cross_entropy, feed_forward, linear, packed_causal_attention
+from gpt_ext.ops import (
+    Norm,
+    cross_entropy,
+    embedding,
+    feed_forward,
+    linear,
+    packed_causal_attention,
+)
 from gpt_ext.pretrained import Pretrained
 
 Activation = Literal["relu", "gelu", "gelu_tanh"]
@@ -183,11 +190,11 @@ class GPT(Pretrained, nn.Module):
                 f"tokens reach position {end}, beyond context_length={self.config.context_length}"
             )
         try:
-            x = self.token_embedding(tokens)
+            positions = self.position_embedding.weight[start:end]
+            return embedding(tokens, self.token_embedding.weight, positions)
         except IndexError:
             check_token_ids(tokens, self.config.vocab_size)
             raise
-        return x + self.position_embedding.weight[start:end]
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy, in nats a token, of `targets` (B, T) int64 after `tokens` (B, T).

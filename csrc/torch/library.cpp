@@ -39,6 +39,12 @@ STABLE_TORCH_LIBRARY(gpt_ext, m) {
       "Tensor? norm_bias, Tensor targets, float norm_eps, int ignore_index, ScalarType product, "
       "bool allow_tf32, bool want_dlogits) -> (Tensor loss, Tensor dlogits, Tensor statistics)");
 
+  // tokens (B, T) int64, weight (V, d), positions (T, d) -> out (B, T, d). CPU only.
+  m.def("embedding_forward(Tensor tokens, Tensor weight, Tensor positions) -> Tensor");
+  m.def(
+      "embedding_backward(Tensor dout, Tensor tokens, int vocabulary, bool[] wanted) -> "
+      "(Tensor dweight, Tensor dpositions)");
+
   // w1 (h, d), b1 (h), w2 (d, h), b2 (d) -> out (..., d) of x's dtype, saved (..., h), product.
   // Dropout is for what has a norm. activation: a value of gpt_ext::Activation
   // (ops/ffn.h); an int, because a str argument leaks its string at every call (torch 2.13's

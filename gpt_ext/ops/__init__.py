@@ -2,6 +2,7 @@
 
 from gpt_ext.ops.attention import causal_attention, packed_causal_attention
 from gpt_ext.ops.cross_entropy import cross_entropy
+from gpt_ext.ops.embedding import embedding
 from gpt_ext.ops.ffn import feed_forward
 from gpt_ext.ops.linear import Norm, linear
 
@@ -9,6 +10,7 @@ __all__ = [
     "Norm",
     "causal_attention",
     "cross_entropy",
+    "embedding",
     "feed_forward",
     "linear",
     "packed_causal_attention",

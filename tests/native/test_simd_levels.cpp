@@ -8,6 +8,7 @@
 #include "decode_case.h"
 #include "ffn_case.h"
 #include "linear_case.h"
+#include "ops/embedding.h"
 
 namespace gpt_ext::test {
 namespace {
@@ -102,6 +103,40 @@ TEST(cross_entropy_at_every_level) {
       for (const bool norm : {false, true})
         for (const int64_t vocabulary : {1, 7, 16, 104, 300})
           check_cross_entropy(Cpu{}, {precision, norm, false, 0, 40, 33, vocabulary});
+  });
+}
+
+// Small integers, whose sums are exact in any order.
+TEST(embedding_at_every_level) {
+  at_every_level([] {
+    for (const int64_t dim : {1, 7, 16, 42, 65}) {
+      constexpr int64_t kBatch = 3, kTime = 21, kVocabulary = 40;
+      const EmbeddingProblem problem{DType::kFloat32, kBatch, kTime, kVocabulary, dim};
+      std::vector<int64_t> tokens(kBatch * kTime);
+      for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = i * i % (kVocabulary - 5);
+      const auto numbers = [](int64_t count, int64_t step) {
+        std::vector<float> x(count);
+        for (int64_t i = 0; i < count; ++i) x[i] = static_cast<float>(i * step % 17 - 8);
+        return x;
+      };
+      const auto weight = numbers(kVocabulary * dim, 3), positions = numbers(kTime * dim, 5);
+      const auto dout = numbers(kBatch * kTime * dim, 7);
+      std::vector<float> out(dout.size()), dweight(weight.size()), dpositions(positions.size());
+      embedding_forward(Cpu{},
+                        {out.data(), weight.data(), positions.data(), tokens.data(), problem});
+      embedding_backward(Cpu{},
+                         {dweight.data(), dpositions.data(), dout.data(), tokens.data(), problem});
+      std::vector<float> expected_dweight(weight.size()), expected_dpositions(positions.size());
+      for (int64_t i = 0; i < kBatch * kTime; ++i)
+        for (int64_t j = 0; j < dim; ++j) {
+          const int64_t row = tokens[i] * dim + j, position = i % kTime * dim + j;
+          CHECK(out[i * dim + j] == weight[row] + positions[position], i, " ", j);
+          expected_dweight[row] += dout[i * dim + j];
+          expected_dpositions[position] += dout[i * dim + j];
+        }
+      CHECK(dweight == expected_dweight, dim);
+      CHECK(dpositions == expected_dpositions, dim);
+    }
   });
 }
 
