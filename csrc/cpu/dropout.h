@@ -8,7 +8,8 @@ namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 GPT_EXT_INLINE Vec<uint64_t> multiply_words(Vec<uint64_t> words, uint32_t m) {
 #if defined(__x86_64__) && GPT_EXT_VECTOR_BYTES == 64
   // Masked, by a mask of all: GCC 12 warns that the plain one reads what is not initialised.
-  return (Vec<uint64_t>)_mm512_maskz_mul_epu32(0xFF, (__m512i)words, _mm512_set1_epi64(m));
+  const Vec<uint64_t> factor = Vec<uint64_t>{} + m;
+  return (Vec<uint64_t>)_mm512_maskz_mul_epu32(0xFF, (__m512i)words, (__m512i)factor);
 #elif defined(__x86_64__) && GPT_EXT_VECTOR_BYTES == 32
   return (Vec<uint64_t>)_mm256_mul_epu32((__m256i)words, _mm256_set1_epi64x(m));
 #else

@@ -45,6 +45,16 @@ inline void mask_storeu_epi16(void* p, __mmask16 mask, __m256i x) {
       std::memcpy(static_cast<std::byte*>(p) + 2 * i, reinterpret_cast<std::byte*>(&x) + 2 * i, 2);
 }
 
+// vpmuludq: the lower halves' products. All elements are wanted.
+inline __m512i mul_epu32(__mmask8, __m512i a, __m512i b) {
+  uint64_t left[8], right[8];
+  std::memcpy(left, &a, sizeof left);
+  std::memcpy(right, &b, sizeof right);
+  for (int i = 0; i < 8; ++i) left[i] = (left[i] & 0xFFFFFFFF) * (right[i] & 0xFFFFFFFF);
+  std::memcpy(&a, left, sizeof a);
+  return a;
+}
+
 // vdpbf16ps: the odd elements' products are added first, each addition rounded.
 template <class Pairs>
 Floats dpbf16_ps(Floats sum, Pairs a, Pairs b) {
@@ -91,6 +101,7 @@ inline __m512i dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
 
 }  // namespace gpt_ext::cpu::avx512_twin
 
+#define _mm512_maskz_mul_epu32 gpt_ext::cpu::avx512_twin::mul_epu32
 #define _mm512_cvtneps_pbh gpt_ext::cpu::avx512_twin::cvtneps_pbh
 #define _mm512_cvtne2ps_pbh gpt_ext::cpu::avx512_twin::cvtne2ps_pbh
 #define _mm512_dpbusd_epi32 gpt_ext::cpu::avx512_twin::dpbusd_epi32
