@@ -114,11 +114,13 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def add_options(parser: argparse.ArgumentParser, rounds: int, budget: float) -> None:
+def add_options(parser: argparse.ArgumentParser, rounds: int, budget: float | None = None) -> None:
+    """`--budget` is for programs that have one."""
     parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument(
-        "--budget", type=float, default=budget, help="seconds a case, after which its rounds end"
-    )
+    if budget is not None:
+        parser.add_argument(
+            "--budget", type=float, default=budget, help="seconds a case, after which rounds end"
+        )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument(
         "--record", action="store_true", help="renew RESULTS.md, results/ and plots/"

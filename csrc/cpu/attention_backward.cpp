@@ -232,7 +232,7 @@ template <class Storage>
 void attention_backward_typed(const AttentionBackward& p) {
   const int64_t heads = p.problem.batch * p.problem.heads, time = p.problem.time;
   const int64_t blocks = (time + kBlock - 1) / kBlock;
-  const size_t bytes = BackwardScratch<Arithmetic<Storage> >(nullptr, p.problem).bytes;
+  const size_t bytes = BackwardScratch<Arithmetic<Storage>>(nullptr, p.problem).bytes;
   const auto run = [&](int64_t head, const BackwardPart& part, std::byte* memory) {
     attention_backward_part<Storage>(p, head, part, memory);
   };

@@ -177,7 +177,7 @@ void attention_forward_typed(const AttentionForward& p) {
   const int64_t tasks_a_head = (time + task_rows - 1) / task_rows;
   const int64_t tasks = heads * tasks_a_head;
   const size_t bytes =
-      ForwardScratch<Arithmetic<Storage> >(nullptr, std::min(time, task_rows), p.problem.dim).bytes;
+      ForwardScratch<Arithmetic<Storage>>(nullptr, std::min(time, task_rows), p.problem.dim).bytes;
   parallel_for_runs(tasks, tasks_a_run(tasks), bytes, [&](int64_t task, std::byte* memory) {
     const int64_t first = (tasks_a_head - 1 - task / heads) * task_rows;  // longest first
     attention_forward_task<Storage>(p, task % heads, first, std::min(time, first + task_rows),

@@ -36,7 +36,7 @@ auto activated(Product* hidden, int64_t first, Product* saved, const Stream* b1,
 }
 
 template <class Stream, class Product, Activation kActivation>
-void ffn_forward_typed(const FfnForward& p, const Epilogue<Arithmetic<Product> >& to_out) {
+void ffn_forward_typed(const FfnForward& p, const Epilogue<Arithmetic<Product>>& to_out) {
   using E = Arithmetic<Product>;
   using Sum = typename E::Sum;
   constexpr bool kIsSaved = kActivation == Activation::kRelu;  // hidden
