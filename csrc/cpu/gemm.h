@@ -104,14 +104,22 @@ __attribute__((noinline)) void multiply_panel(int64_t i0, int64_t rows, int64_t 
                                               const PartialSums<typename E::Sum>& partial,
                                               const Epilogue<E>& epilogue, FetchAhead& ahead) {
   using Sum = typename E::Sum;
+  constexpr int64_t kRun = 512;  // steps summed in one go: longer sums of float32 lose digits
+  const int64_t runs = std::max<int64_t>(1, (steps + kRun - 1) / kRun);
+  const int64_t run = (steps + runs - 1) / runs;
   alignas(64) Sum done[kTileRows * kTileColumns<Sum>];
   for (int64_t i = 0; i < rows; i += kTileRows) {
     const int64_t tile_rows = std::min<int64_t>(kTileRows, rows - i);
-    const Matrix<typename E::Operand> tile{a.data + i / kTileRows * a.tile, a.row, a.column};
+    const auto* tile = a.data + i / kTileRows * a.tile;
+    int64_t k = 0;
     const auto keep = [&](int64_t r, int64_t j, Vec<Sum> x) __attribute__((always_inline)) {
       Sum* sums = partial.data + (i + r) * partial.row + j;
-      if (!partial.first) x += load(sums);
-      store(partial.last ? done + r * kTileColumns<Sum> + j : sums, x);
+      Sum* to = partial.last ? done + r * kTileColumns<Sum> + j : sums;
+      if (k > 0)
+        x += load(to);
+      else if (!partial.first)
+        x += load(sums);
+      store(to, x);
     };
     ahead.a_few_rows();
     if (partial.last)
@@ -119,7 +127,13 @@ __attribute__((noinline)) void multiply_panel(int64_t i0, int64_t rows, int64_t 
         if (x->data) x->prefetch(i0 + i, tile_rows, j0, columns);
     with_tile_shape<Sum>(
         tile_rows, width, [&]<int kVectors>(auto tile_rows) __attribute__((always_inline)) {
-          multiply_tile<E, kVectors>(tile_rows, steps, tile, panel, kVectors * kLanes<Sum>, keep);
+          constexpr int64_t kRow = kVectors * kLanes<Sum>;
+          do {  // once, where there are no steps: the sums are zeros then
+            multiply_tile<E, kVectors>(tile_rows, std::min(run, steps - k),
+                                       {tile + k * a.column, a.row, a.column}, panel + k * kRow,
+                                       kRow, keep);
+            k += run;
+          } while (k < steps);
         });
     if (partial.last) epilogue(i0 + i, j0, tile_rows, columns, done);
   }
@@ -127,8 +141,7 @@ __attribute__((noinline)) void multiply_panel(int64_t i0, int64_t rows, int64_t 
 
 // Blocks: A's (96 x 512 float32, 196 KB), and where k takes several blocks the partial sums
 // (96 x 768, 295 KB), stay in L2 with a panel's block of B (at 64 columns 128 KB). Up to 1024 steps
-// over columns, which a network's layers have, are one block, and there are no partial sums; rows
-// are as many as the caller likes, and long sums of float32 lose digits.
+// are one block, and there are no partial sums.
 constexpr int64_t kBlockRows = 96, kBlockColumns = 768, kBlockSteps = 512;
 static_assert(kBlockRows % kTileRows == 0);
 static_assert(kBlockColumns % kTileColumns<float> == 0);
@@ -138,8 +151,8 @@ static_assert(kBlockColumns % kTileColumns<float> == 0);
 struct Split {
   int64_t count, size;
 };
-inline Split split_steps(int64_t steps, bool over_rows) {
-  const int64_t largest = !over_rows && steps <= 2 * kBlockSteps ? 2 * kBlockSteps : kBlockSteps;
+inline Split split_steps(int64_t steps) {
+  const int64_t largest = steps <= 2 * kBlockSteps ? 2 * kBlockSteps : kBlockSteps;
   const int64_t blocks = std::max<int64_t>(1, (steps + largest - 1) / largest);
   const int64_t size = (steps + blocks - 1) / blocks;
   return {size ? (steps + size - 1) / size : 0, size};
@@ -179,7 +192,6 @@ struct TilesOfBlock : Callback<Tiles<typename E::Operand>, int64_t, int64_t, int
 
   template <class F>
   TilesOfBlock(const F& f) : Base(f), transposed(f.first) {}
-  bool over_rows() const { return transposed.data; }  // whether k runs over rows in memory
 };
 
 // b(p, k, steps, memory): where steps [k, k + steps) of panel p lie; they may be packed into
@@ -205,9 +217,8 @@ struct BlockScratch {
   size_t bytes;
 
   // For blocks of so many rows and columns of a product of so many steps.
-  BlockScratch(std::byte* memory, int64_t rows, int64_t columns, int64_t steps,
-               bool over_rows = false) {
-    const Split blocks = split_steps(steps, over_rows);
+  BlockScratch(std::byte* memory, int64_t rows, int64_t columns, int64_t steps) {
+    const Split blocks = split_steps(steps);
     Carver carver(memory);
     row = std::min(kBlockColumns, round_up<typename E::Sum>(columns));
     sums = carver.take<typename E::Sum>(blocks.count > 1 ? rows * row : 0);
@@ -236,7 +247,7 @@ __attribute__((noinline)) void gemm_block(int64_t i0, int64_t rows, int64_t j0, 
                                           const PanelBlocks<E>& b, const TilesOfBlock<E>& tiles,
                                           const Epilogue<E>& epilogue,
                                           const BlockScratch<E>& scratch) {
-  const Split k_blocks = split_steps(b.steps, tiles.over_rows());
+  const Split k_blocks = split_steps(b.steps);
   const int64_t most = k_blocks.count <= 1 ? columns : kBlockColumns;
   for (int64_t j = j0; j < j0 + columns; j += most) {
     const int64_t n = std::min(most, j0 + columns - j);
@@ -280,7 +291,7 @@ __attribute__((noinline)) void gemm_blocks(int64_t rows, const PanelBlocks<E>& b
   const int64_t across = (b.columns + block.columns - 1) / block.columns;
   const int64_t down = (rows + block.rows - 1) / block.rows;
   const auto scratch = [&](std::byte* memory) {
-    return BlockScratch<E>(memory, block.rows, block.columns, b.steps, tiles.over_rows());
+    return BlockScratch<E>(memory, block.rows, block.columns, b.steps);
   };
   parallel_for(down * across, scratch(nullptr).bytes, [&](int64_t task, std::byte* memory) {
     const int64_t i = task % down * block.rows, j = task / down * block.columns;
