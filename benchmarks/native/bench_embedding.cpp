@@ -2,8 +2,6 @@
 // is the time, and memory sets it.
 #include "ops/embedding.h"
 
-#include <algorithm>
-
 #include "harness.h"
 
 namespace gpt_ext::bench {

@@ -191,6 +191,13 @@ def _refusal(name: str, dtype: torch.dtype, device: torch.device) -> Exception:
     )
 
 
+def check_indices(name: str, tensor: Tensor) -> None:
+    """Raises TypeError unless the tensor is one of int64."""
+    if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64:
+        got = getattr(tensor, "dtype", type(tensor).__name__)
+        raise TypeError(f"{name} has dtype {got}, expected torch.int64")
+
+
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], dims: str) -> None:
     """Raises ValueError unless the tensor has this shape, which dims says in letters."""
     if tensor.shape != expected:

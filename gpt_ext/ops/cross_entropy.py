@@ -127,9 +127,7 @@ def cross_entropy(
     if bias is not None:
         bias = operands.take("bias", bias, operands.stream, (vocab_size,), "(V)")
     norm_weight, norm_bias, norm_eps = take_norm(operands, norm, dim)
-    if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
-        got = getattr(targets, "dtype", type(targets).__name__)
-        raise TypeError(f"targets has dtype {got}, expected torch.int64")
+    _functional.check_indices("targets", targets)
     targets = operands.take("targets", targets, torch.int64, x.shape[:-1], "x's leading dims")
 
     tensors = x, weight, bias, norm_weight, norm_bias

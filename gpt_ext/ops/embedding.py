@@ -81,9 +81,7 @@ def embedding(tokens: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
     operands = _functional.operands_like("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (V, d)")
-    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
-        got = getattr(tokens, "dtype", type(tokens).__name__)
-        raise TypeError(f"tokens has dtype {got}, expected torch.int64")
+    _functional.check_indices("tokens", tokens)
     if tokens.dim() != 2:
         raise ValueError(f"tokens has shape {tuple(tokens.shape)}, expected (B, T)")
     vocab_size, dim = weight.shape
