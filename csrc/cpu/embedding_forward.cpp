@@ -2,7 +2,7 @@
 
 #ifndef GPT_EXT_SIMD_LEVEL
 
-#include "ops/embedding.h"
+#include "cpu/embedding.h"
 
 #define GPT_EXT_KERNEL_FILE "cpu/embedding_forward.cpp"
 #include "cpu/foreach_isa.h"
@@ -19,9 +19,7 @@ namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
 void embedding_forward(const EmbeddingForward& p) {
   const auto [dtype, batch, time, vocabulary, dim] = p.problem;
-  for (int64_t i = 0; i < batch * time; ++i)
-    check(0 <= p.tokens[i] && p.tokens[i] < vocabulary, "tokens[", i, "] is ", p.tokens[i],
-          ", expected 0 to ", vocabulary - 1);
+  check_tokens(p.tokens, p.problem);
   constexpr int64_t kRun = 16;  // rows a task
   dispatch_storage(dtype, [&, time = time, dim = dim, rows = batch * time](auto zero) {
     using Storage = decltype(zero);
