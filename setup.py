@@ -24,6 +24,9 @@ except ImportError:
 ROOT = Path(__file__).parent
 TORCH_NEEDED = (2, 11)
 TORCH_TARGET = "0x020b000000000000ull"  # 2.11's stable ABI, which every later torch keeps
+# A folder for each torch and Python: objects of one must not end up in a build for another.
+TORCH_VERSION = torch.__version__ if torch else "none"
+BUILD = f"build/torch-{TORCH_VERSION}-{sysconfig.get_config_var('SOABI')}"
 
 CXX_FLAGS = ["-std=c++20", "-O3", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", "-g0"]
 CXX_FLAGS += ["-Wno-psabi"]  # vectors as wide as a SIMD level never leave the level's functions
@@ -137,6 +140,13 @@ def check_compiler(compiler: str) -> None:
 class BuildExt(cpp_extension.BuildExtension if torch else build_ext):  # type: ignore[misc]
     """torch's build_ext; the extension is configured when it is compiled, not for metadata."""
 
+    build_temp: str | None
+
+    def finalize_options(self) -> None:
+        # Set here, for an editable install starts from no option at all, and would compile anew.
+        self.build_temp = self.build_temp or f"{BUILD}/objects"
+        super().finalize_options()
+
     def build_extensions(self) -> None:
         if torch is None:
             sys.exit("gpt_ext: compiling needs torch, which cannot be imported here")
@@ -149,12 +159,9 @@ class BuildExt(cpp_extension.BuildExtension if torch else build_ext):  # type: i
 
 
 if __name__ == "__main__":
-    # A folder for each torch and Python: objects of one must not end up in a build for another.
-    torch_version = torch.__version__ if torch else "none"
-    build = f"build/torch-{torch_version}-{sysconfig.get_config_var('SOABI')}"
     native = sources("csrc/cpu/*.cpp") + sources("csrc/torch/*.cpp")
     setup(
         ext_modules=[Extension("gpt_ext._C", native, language="c++")],
         cmdclass={"build_ext": BuildExt},
-        options={"build": {"build_base": build}, "build_ext": {"build_temp": f"{build}/objects"}},
+        options={"build": {"build_base": BUILD}},
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from setuptools import Extension
+from setuptools import Distribution, Extension
 
 import gpt_ext
 from gpt_ext import _C
@@ -305,3 +305,13 @@ def test_compiler_that_will_not_do_is_told(
 ) -> None:
     with pytest.raises(SystemExit, match=message):
         setup_py["check_compiler"](compiler)
+
+
+def test_editable_install_compiles_only_what_has_changed(
+    setup_py: dict[str, Any], tmp_path: Path
+) -> None:
+    distribution = Distribution({"cmdclass": {"build_ext": setup_py["BuildExt"]}})
+    distribution.get_command_obj("build").build_temp = str(tmp_path)  # as setuptools does for it
+    command = distribution.get_command_obj("build_ext")
+    command.ensure_finalized()
+    assert command.build_temp == f"{setup_py['BUILD']}/objects"
