@@ -83,7 +83,8 @@ def test_compile_with_dropout_follows_the_generator(device: str) -> None:
 def test_compile_of_a_transform(op: Op, device: str) -> None:
     inputs = [t.detach() for t in op.inputs(device)]
     function = grad(lambda *t: op.call(*t).square().sum())
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    # Not dynamic, as the sizes of one op after another would be: torch 2.11 fails of itself then.
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)
     torch.testing.assert_close(compiled(*inputs), function(*inputs))
 
 
