@@ -3,7 +3,8 @@
 On CUDA also against each of SDPA's backends; eager's products are cuBLAS's there.
 
     python benchmarks/bench_ops.py [--device cpu|cuda] [--dtypes DTYPE...] [--ops OP...]
-                                   [--shape NAME] [--rounds N] [--json FILE] [--record]
+                                   [--shape NAME] [--no-compile] [--rounds N] [--budget S]
+                                   [--json FILE] [--record]
 
 Each case is first checked: our error against float64 is held against eager PyTorch's. Then, round
 after round, all contestants are timed in turn, so that a change of the machine's mood meets all of
@@ -70,18 +71,6 @@ def check(case: Case, eps: float) -> None:
             sys.exit(f"{case.op} {case.shape} {m.dtype}: {name} is off by {error}, bound {bound}")
 
 
-def runnable(case: Case) -> dict[str, Call]:
-    """The calls, without what does not work on this machine or takes no such shape."""
-    calls = dict(case.calls)
-    for name in calls.keys() & {"compile", *SDPA_BACKENDS}:
-        try:
-            calls[name](*case.inputs)
-        except Exception as error:  # whatever the compiler chain throws: left out, with a word
-            print(f"{name} left out: {first_line(error)}")
-            del calls[name]
-    return calls
-
-
 def directions(case: Case, call: Call) -> dict[str, Callable[[], Any]]:
     """What is timed: forward without autograd, and forward with backward."""
     leaves = [x.detach().requires_grad_() for x in case.inputs]
@@ -98,6 +87,24 @@ def directions(case: Case, call: Call) -> dict[str, Callable[[], Any]]:
     return {"forward": forward, "forward+backward": both}
 
 
+def runnable(case: Case, no_compile: bool) -> dict[str, dict[str, Callable[[], Any]]]:
+    """Everyone's directions, without who does not work on this machine or takes no such shape."""
+    timed = {}
+    for name, call in case.calls.items():
+        if name == "compile" and no_compile:
+            continue
+        try:
+            timed[name] = directions(case, call)
+            for run in timed[name].values():
+                run()
+        except Exception as error:  # whatever the compiler chain throws: left out, with a word
+            if name not in {"compile", *SDPA_BACKENDS}:
+                raise
+            print(f"{name} left out: {first_line(error)}")
+            timed.pop(name, None)
+    return timed
+
+
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for dtype in options.dtypes:
         torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
@@ -107,7 +114,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 continue
             torch.compiler.reset()  # it gives up on a function after a few shapes
             check(case, EPS[dtype])
-            timed = {name: directions(case, call) for name, call in runnable(case).items()}
+            timed = runnable(case, options.no_compile)
             for direction in ("forward", "forward+backward"):
                 timers = {
                     name: in_process(each[direction], options.device)
@@ -139,6 +146,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--ops", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--shape", default="", help="only shapes whose name begins with this")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     add_options(parser, rounds=11, budget=20)
     options = parser.parse_args()
 

@@ -128,7 +128,7 @@ def add_options(parser: argparse.ArgumentParser, rounds: int, budget: float | No
 
 
 class Report:
-    """The header, every result as it comes, and at the end the file and the record.
+    """The header, every result as it comes, which the file has at once, and at the end the record.
 
     `name` is that of the program, and of the table's place in RESULTS.md.
     """
@@ -142,19 +142,21 @@ class Report:
 
     def add(self, result: dict[str, Any], cells: list[str]) -> None:
         self.results.append(result)
+        if self.options.json:
+            self.write(self.options.json)
         print(row(cells), flush=True)
 
+    def write(self, file: Path) -> None:
+        file.parent.mkdir(exist_ok=True)
+        content = {"machine": self.facts, "results": self.results}
+        file.write_text(json.dumps(content, indent=1) + "\n")
+
     def finish(self, text: str) -> None:
-        """`text` is what stands in RESULTS.md."""
-        files = [self.options.json] if self.options.json else []
-        if self.options.record:
-            files.append(FOLDER / "results" / f"{self.name.replace(' ', '_')}.json")
-        for file in files:
-            file.parent.mkdir(exist_ok=True)
-            content = {"machine": self.facts, "results": self.results}
-            file.write_text(json.dumps(content, indent=1) + "\n")
-        if self.options.record:
-            begin, end = f"<!-- {self.name} -->", f"<!-- end of {self.name} -->"
-            before, rest = RESULTS.read_text().split(begin)
-            after = rest.split(end)[1]
-            RESULTS.write_text(f"{before}{begin}\n{self.header}\n\n{text}\n{end}{after}")
+        """Makes the record, if it is asked for; `text` is what stands in RESULTS.md."""
+        if not self.options.record:
+            return
+        self.write(FOLDER / "results" / f"{self.name.replace(' ', '_')}.json")
+        begin, end = f"<!-- {self.name} -->", f"<!-- end of {self.name} -->"
+        before, rest = RESULTS.read_text().split(begin)
+        after = rest.split(end)[1]
+        RESULTS.write_text(f"{before}{begin}\n{self.header}\n\n{text}\n{end}{after}")
