@@ -83,7 +83,7 @@ def draw(
         raise ValueError(
             f"context_length must be from 1 to the model's {config.context_length}, got {window}"
         )
-    generators = check_generators(generator, len(rows))
+    generators = check_generators(generator, len(rows), rows[0].device)
     sampling, stop = Sampling(temperature, top_k, top_p, repetition_penalty), [*map(int, stop)]
     check_sampling(sampling)
     check_stop(stop, config.vocab_size)
@@ -140,15 +140,24 @@ def check_prompts(prompts: Prompts, vocab_size: int) -> list[Tensor]:
     return rows
 
 
-def check_generators(generator: Generators | None, rows: int) -> Sequence[torch.Generator]:
-    """One generator for all rows, the default one unless given, or one a row."""
+def check_generators(
+    generator: Generators | None, rows: int, device: torch.device
+) -> Sequence[torch.Generator]:
+    """One generator for all rows, the device's default one unless given, or one a row."""
     if generator is None:
-        return (torch.default_generator,)
+        return (default_generator(device),)
     if isinstance(generator, torch.Generator):
         return (generator,)
     if len(generator) != rows:
         raise ValueError(f"generator must be one, or one a row: {rows}, got {len(generator)}")
     return tuple(generator)
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """The one that torch.manual_seed seeds for this device: draws take no other device's."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index]
+    return torch.default_generator
 
 
 def check_sampling(sampling: Sampling) -> None:

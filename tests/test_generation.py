@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gpt_ext import GPT, generate
+from gpt_ext import GPT, generate, generation
 
 SIZES = dict(vocab_size=40, context_length=32, model_dim=48, num_blocks=3, num_heads=4)
 INT_TO_CHAR = {i: chr(ord("0") + i) for i in range(40)}
@@ -75,6 +75,23 @@ def test_tokens_follow_the_prompt_row_by_row(model: GPT, device: str) -> None:
     for row in range(3):
         alone = model.generate(prompt[row : row + 1], 50, temperature=0)
         assert torch.equal(out[row : row + 1], alone)
+
+
+def test_draws_follow_the_default_generator_of_the_models_device(model: GPT, device: str) -> None:
+    model.to(device)
+    prompt = torch.randint(40, (2, 7), device=device)
+    torch.manual_seed(3)
+    first, second = (model.generate(prompt, 30) for _ in range(2))
+    torch.manual_seed(3)
+    assert torch.equal(model.generate(prompt, 30), first)
+    assert not torch.equal(first, second)
+
+
+def test_a_cuda_device_has_a_default_generator_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    generators = torch.Generator(), torch.Generator()
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    assert generation.default_generator(torch.device("cuda:1")) is generators[1]
+    assert generation.default_generator(torch.device("cpu")) is torch.default_generator
 
 
 def test_greedy_takes_the_likeliest_at_every_step(model: GPT) -> None:
