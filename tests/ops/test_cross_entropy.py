@@ -217,8 +217,8 @@ def test_gradcheck(with_norm: bool, device: str) -> None:
 
 @pytest.mark.parametrize("want_dlogits", [True, False])
 @pytest.mark.parametrize("mode", ["float32", "autocast"])
-def test_opcheck(mode: str, want_dlogits: bool) -> None:
-    inputs, targets = make((2, 3), 5, 9, "cpu", MODES[mode])
+def test_opcheck(mode: str, want_dlogits: bool, device: str) -> None:
+    inputs, targets = make((2, 3), 5, 9, device, MODES[mode])
     product = torch.bfloat16 if mode == "autocast" else MODES[mode]
     arguments = [*inputs, targets, 1e-5, IGNORED, product, False, want_dlogits]
     torch.library.opcheck(RAW_FORWARD, arguments)

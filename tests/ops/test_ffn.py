@@ -311,12 +311,12 @@ def test_gradcheck(activation: str, device: str) -> None:
 
 @pytest.mark.parametrize("activation", range(3), ids=lambda i: ACTIVATIONS[i])
 @pytest.mark.parametrize("form", ["bare", "sublayer", "autocast"])
-def test_opcheck(form: str, activation: int) -> None:
-    *inputs, weight, bias = make_sublayer((2, 3), 5, 9, "cpu")
+def test_opcheck(form: str, activation: int, device: str) -> None:
+    *inputs, weight, bias = make_sublayer((2, 3), 5, 9, device)
     x, w1, _, w2, _ = inputs
     has_norm = form != "bare"
     norm = (weight, bias) if has_norm else (None, None)
-    dropout = (0.3, torch.tensor([5])) if has_norm else (0.0, None)
+    dropout = (0.3, torch.tensor([5], device=device)) if has_norm else (0.0, None)
     product = torch.bfloat16 if form == "autocast" else torch.float32
     arguments = (*inputs, *norm, 1e-5, activation, *dropout, product, False)
     torch.library.opcheck(RAW_FORWARD, arguments)

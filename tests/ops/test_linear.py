@@ -266,12 +266,12 @@ def test_gradcheck(form: str, device: str) -> None:
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
-def raw_arguments(form: set[str], mode: str) -> list[Any]:
-    """Of the raw forward op on the CPU."""
-    t = make((2, 3), 5, 9, form, "cpu", MODES[mode])
+def raw_arguments(form: set[str], mode: str, device: str) -> list[Any]:
+    """Of the raw forward op."""
+    t = make((2, 3), 5, 9, form, device, MODES[mode])
     product = torch.bfloat16 if mode == "autocast" else MODES[mode]
     x = t["x"] if "norm" in form else t["x"].to(product)
-    p, seed = (P, torch.tensor([5])) if "dropout" in form else (0.0, None)
+    p, seed = (P, torch.tensor([5], device=device)) if "dropout" in form else (0.0, None)
     norm = t.get("norm_weight"), t.get("norm_bias")
     rest = 1e-5, p, seed, product, False
     return [x, t["weight"], t.get("bias"), *norm, t.get("residual"), *rest]
@@ -279,8 +279,8 @@ def raw_arguments(form: set[str], mode: str) -> list[Any]:
 
 @pytest.mark.parametrize("mode", ["float32", "autocast"])
 @pytest.mark.parametrize("form", FORMS)
-def test_opcheck(form: str, mode: str) -> None:
-    arguments = raw_arguments(FORMS[form], mode)
+def test_opcheck(form: str, mode: str, device: str) -> None:
+    arguments = raw_arguments(FORMS[form], mode, device)
     x, w, _, norm_weight, norm_bias, residual, _, p, seed, product, _ = arguments
     torch.library.opcheck(RAW_FORWARD, arguments)
     out, statistics = RAW_FORWARD(*arguments)
