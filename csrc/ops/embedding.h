@@ -29,9 +29,12 @@ struct EmbeddingBackward {
   EmbeddingProblem problem;
 };
 
-// Deterministic, bit for bit, whatever the number of threads. Throw gpt_ext::Error, also for a
-// token outside the vocabulary.
+// Deterministic, bit for bit, whatever the number of threads. Throw gpt_ext::Error, on CPUs also
+// for a token outside the vocabulary, which on CUDA fails an assertion of the device in forward,
+// and in backward has no row of dweight.
 void embedding_forward(Cpu, const EmbeddingForward&);
 void embedding_backward(Cpu, const EmbeddingBackward&);
+void embedding_forward(Cuda, const EmbeddingForward&);
+void embedding_backward(Cuda, const EmbeddingBackward&);
 
 }  // namespace gpt_ext

@@ -39,7 +39,7 @@ STABLE_TORCH_LIBRARY(gpt_ext, m) {
       "Tensor? norm_bias, Tensor targets, float norm_eps, int ignore_index, ScalarType product, "
       "bool allow_tf32, bool want_dlogits) -> (Tensor loss, Tensor dlogits, Tensor statistics)");
 
-  // tokens (B, T) int64, weight (V, d), positions (T, d) -> out (B, T, d). CPU only.
+  // tokens (B, T) int64, weight (V, d), positions (T, d) -> out (B, T, d).
   m.def("embedding_forward(Tensor tokens, Tensor weight, Tensor positions) -> Tensor");
   m.def(
       "embedding_backward(Tensor dout, Tensor tokens, int vocabulary, bool[] wanted) -> "

@@ -1,7 +1,7 @@
 """Token and position embeddings, added: fake kernels, Function, public call.
 
-The kernels are csrc/cpu/embedding_*.cpp, the raw ops torch.ops.gpt_ext.embedding_forward and
-embedding_backward. On other devices than the CPU it is plain PyTorch.
+The kernels are csrc/cpu/embedding_*.cpp and csrc/cuda/embedding_*.cu, the raw ops
+torch.ops.gpt_ext.embedding_forward and embedding_backward.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def embedding(tokens: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
     """weight[tokens] + positions: the input of a decoder's first block.
 
     Backward sums in the accumulation type, each row's terms in order, and is deterministic, bit for
-    bit. Under torch.func transforms, forward-mode AD, in double backward and on CUDA, plain PyTorch
-    with the same result takes its place.
+    bit. Under torch.func transforms, forward-mode AD and in double backward, plain PyTorch with the
+    same result takes its place.
 
     Args:
         tokens: (B, T), int64, each in [0, V).
@@ -89,13 +89,15 @@ def embedding(tokens: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
     shape = tokens.shape[1], dim
     positions = operands.take("positions", positions, operands.stream, shape, "(T, d)")
     arguments = tokens, weight.contiguous(), positions
-    if weight.device.type != "cpu" or _functional.transforms_active():
+    if _functional.transforms_active():
         return _plain_embedding(*arguments)
     try:
         if _functional.needs_grad(weight, positions):
             return _Embedding.apply(*arguments)
         return _FORWARD(*arguments)
-    except RuntimeError:
+    except RuntimeError:  # of a CPU: a CUDA kernel's comes later
+        if weight.is_cuda:
+            raise
         for b, t in ((tokens < 0) | (tokens >= vocab_size)).nonzero()[:1].tolist():
             raise IndexError(
                 f"tokens[{b}, {t}] is {tokens[b, t].item()}, expected 0 to {vocab_size - 1}"

@@ -4,6 +4,7 @@
 
 #include "attention_case.h"
 #include "cuda_on_host/emulator.h"
+#include "embedding_case.h"
 #include "ffn_case.h"
 #include "linear_case.h"
 
@@ -19,6 +20,8 @@ int main() {
         run_attention(Cuda{}, c, attention_inputs(c));
       }
     }
+    const EmbeddingCase embedding{dtype, 1, 2, 2, 2};
+    run_embedding(Cuda{}, embedding, embedding_inputs(embedding));
     // Rows for sums in one run and for more, in one part and for more.
     for (const Precision precision :
          {Precision{dtype, dtype}, {dtype, dtype, true}, {DType::kFloat32, dtype}}) {

@@ -2,6 +2,7 @@
 // float64 reference, and so with each other; dropout drops the same probabilities in both.
 #include "attention_case.h"
 #include "check.h"
+#include "embedding_case.h"
 #include "ffn_case.h"
 #include "linear_case.h"
 
@@ -50,6 +51,14 @@ TEST(linear_and_cross_entropy) {
     check_linear(Cuda{}, c);
     check_cross_entropy(Cpu{}, c);
     check_cross_entropy(Cuda{}, c);
+  }
+}
+
+TEST(embedding) {
+  for (const DType dtype : kDTypes) {
+    const EmbeddingCase c{dtype, 3, 70, 19, 42};
+    check_embedding(Cpu{}, c);
+    check_embedding(Cuda{}, c);
   }
 }
 

@@ -3,6 +3,7 @@
 #include "attention_case.h"
 #include "check.h"
 #include "cuda_on_host/emulator.h"
+#include "embedding_case.h"
 #include "ffn_case.h"
 #include "linear_case.h"
 
@@ -48,6 +49,11 @@ Doubles cross_entropy(const Precision& precision) {
       run_cross_entropy(Cuda{}, c, linear_inputs(c), cross_entropy_targets(c));
   return join({&r.loss, &r.dlogits});
 }
+Doubles embedding(DType dtype) {
+  const EmbeddingCase c{dtype, 3, 100, 7, 270};
+  const EmbeddingResult r = run_embedding(Cuda{}, c, embedding_inputs(c));
+  return join({&r.out, &r.dweight, &r.dpositions});
+}
 constexpr Precision kFloat{DType::kFloat32, DType::kFloat32},
     kMixed{DType::kFloat32, DType::kBFloat16}, kTf32{DType::kFloat32, DType::kFloat32, true};
 
@@ -86,6 +92,10 @@ TEST(linear_and_cross_entropy_are_the_same_in_every_schedule) {
   check_schedules([] { return linear(kMixed); });
   check_schedules([] { return linear(kTf32); });
   check_schedules([] { return cross_entropy(kMixed); });
+}
+
+TEST(embedding_is_the_same_in_every_schedule) {
+  check_schedules([] { return embedding(DType::kBFloat16); });
 }
 
 // What a missing barrier or shuffle gives depends on the schedule: NaN, other numbers, or an error.
@@ -141,6 +151,20 @@ TEST(linear_needs_each_instruction) {
 TEST(cross_entropy_needs_each_barrier_and_shuffle) {  // two and one, besides the product's and
                                                       // norm's
   check_every_site(6, [] { return cross_entropy(kFloat); });
+}
+
+TEST(embedding_needs_each_barrier_and_ballot) {  // of the tokens' gradient, and a column's barrier
+  check_every_site(3, [] { return embedding(DType::kFloat32); });
+}
+
+TEST(a_token_outside_the_vocabulary_fails_an_assertion) {
+  const EmbeddingCase c{DType::kFloat32, 1, 3, 5, 4};
+  EmbeddingInputs in = embedding_inputs(c);
+  for (const int64_t bad : {int64_t{5}, int64_t{-1}, int64_t{1} << 40}) {
+    in.tokens[1] = bad;
+    const std::string message = check::message_of([&] { run_embedding(Cuda{}, c, in); });
+    CHECK(message.find("tokens are in the vocabulary") != std::string::npos, message);
+  }
 }
 
 TEST(a_target_outside_the_vocabulary_fails_an_assertion) {

@@ -82,9 +82,9 @@ def test_tables_and_gradients_may_be_strided(device: str) -> None:
     assert all(map(torch.equal, strided, expected))
 
 
-def test_threads_and_repeats_change_nothing() -> None:
-    tokens, tables = make(16, 64, 50, 65, "cpu")
-    dout = torch.randn(16, 64, 65)
+def test_threads_and_repeats_change_nothing(device: str) -> None:
+    tokens, tables = make(16, 64, 50, 65, device)
+    dout = torch.randn(16, 64, 65, device=device)
     every = []
     for threads in (1, 2, 3, 4, 4):
         torch.set_num_threads(threads)
@@ -131,16 +131,16 @@ def test_transforms(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype: torch.dtype) -> None:
-    tokens, tables = make(2, 3, 9, 5, "cpu", dtype)
+def test_opcheck(dtype: torch.dtype, device: str) -> None:
+    tokens, tables = make(2, 3, 9, 5, device, dtype)
     torch.library.opcheck(RAW_FORWARD, [tokens, *tables])
-    dout = torch.randn(2, 3, 5, dtype=dtype)
+    dout = torch.randn(2, 3, 5, device=device, dtype=dtype)
     for wanted in ([True, True], [False, True], [True, False]):
         torch.library.opcheck(RAW_BACKWARD, [dout, tokens, 9, wanted])
 
 
-def test_compile() -> None:
-    tokens, tables = make(2, 5, 9, 6, "cpu")
+def test_compile(device: str) -> None:
+    tokens, tables = make(2, 5, 9, 6, device)
     leaves = [t.requires_grad_() for t in tables]
     compiled = torch.compile(embedding, fullgraph=True, backend="aot_eager")
     for call in (embedding, compiled):

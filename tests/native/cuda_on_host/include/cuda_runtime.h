@@ -71,6 +71,16 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta,
       [&](unsigned lane) { return lane >= delta ? lane - delta : lane; }, where);
 }
 
+inline unsigned __ballot_sync(unsigned mask, int predicate,
+                              std::source_location where = std::source_location::current()) {
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    bits |= unsigned(__shfl_sync(mask, predicate != 0, lane, where)) << lane;
+  }
+  return bits;
+}
+
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 
 using cudaStream_t = struct CUstream_st*;
