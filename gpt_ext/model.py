@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt_ext import generation, layouts
-from gpt_ext.checks import check_token_ids, check_tokens
+from gpt_ext.checks import check_tokens
 from gpt_ext.ops import (
     Norm,
     cross_entropy,
@@ -189,12 +189,8 @@ class GPT(Pretrained, nn.Module):
             raise ValueError(
                 f"tokens reach position {end}, beyond context_length={self.config.context_length}"
             )
-        try:
-            positions = self.position_embedding.weight[start:end]
-            return embedding(tokens, self.token_embedding.weight, positions)
-        except IndexError:
-            check_token_ids(tokens, self.config.vocab_size)
-            raise
+        positions = self.position_embedding.weight[start:end]
+        return embedding(tokens, self.token_embedding.weight, positions)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy, in nats a token, of `targets` (B, T) int64 after `tokens` (B, T).

@@ -163,7 +163,7 @@ def test_config_is_what_the_model_was_built_with() -> None:
 def test_an_id_outside_the_vocabulary_is_named(bad: int) -> None:
     tokens = small_tokens()
     tokens[1, 3] = bad
-    with pytest.raises(IndexError, match=f"token id {bad} is outside the vocabulary, 0 to 30"):
+    with pytest.raises(IndexError, match=rf"tokens\[1, 3\] is {bad}, expected 0 to 30"):
         GPT(**SMALL)(tokens)
 
 
