@@ -188,18 +188,6 @@ __attribute__((noinline)) void multiply_tiles(int64_t rows, int64_t columns,
   }
 }
 
-// Epilogue: c (., row_stride(dim)) = or += the product.
-template <class Sum>
-struct AddTo {
-  Sum* c;
-  int64_t row;
-  bool first;
-  GPT_EXT_INLINE void operator()(int64_t i, int64_t j, Vec<Sum> x) const {
-    Sum* out = c + i * row + j;
-    store(out, first ? x : load(out) + x);
-  }
-};
-
 // Tasks a run, one thread's: heads side by side share cache lines, and each fetches the next one's
 // rows. Eight runs a thread, so that none waits long for the last.
 inline int64_t tasks_a_run(int64_t tasks) {

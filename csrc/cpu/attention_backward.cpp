@@ -96,6 +96,18 @@ struct BackwardScratch {
   }
 };
 
+// Epilogue: c (., row_stride(dim)) = or += the product.
+template <class Sum>
+struct AddTo {
+  Sum* c;
+  int64_t row;
+  bool first;
+  GPT_EXT_INLINE void operator()(int64_t i, int64_t j, Vec<Sum> x) const {
+    Sum* out = c + i * row + j;
+    store(out, first ? x : load(out) + x);
+  }
+};
+
 // delta_i = sum_d dout_id out_id for rows [0, rows).
 template <class Sum, class Storage>
 void dot_rows(Matrix<Storage> dout, Matrix<Storage> out, int64_t rows, int64_t dim, Sum* delta) {
