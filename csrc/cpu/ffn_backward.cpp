@@ -73,15 +73,14 @@ void second_weight_gradient(const FfnBackward& p, int64_t rows, const G* g, cons
   });
 }
 
-// Rows at a time, equal runs of whole units, so that the last one is no stump: what is read and
-// made of them, 20 MB in float32 at the seed's size, is still in L3 when the weights' gradients
-// read it. Where sums over rows would be rounded in between, all rows at once.
+// Rows at a time, whole units: what is read and made of them, 20 MB in float32 at the seed's size,
+// is still in L3 when the weights' gradients read it. Where sums over rows would be rounded in
+// between, all rows at once.
 template <class Stream, class Sum>
 int64_t rows_at_a_time(int64_t rows) {
-  constexpr int64_t kMost = 43 * kRowUnit;
-  const int64_t runs = std::is_same_v<Stream, Sum> ? (rows + kMost - 1) / kMost : 1;
-  const int64_t units = (rows + kRowUnit - 1) / kRowUnit;
-  return runs > 1 ? (units + runs - 1) / runs * kRowUnit : rows;
+  constexpr int64_t kUnits = 43;
+  if (!std::is_same_v<Stream, Sum>) return rows;
+  return std::min(rows, equal_part((rows + kRowUnit - 1) / kRowUnit, kUnits) * kRowUnit);
 }
 
 // X: the elements of x and dout.

@@ -8,6 +8,12 @@
 
 namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
+// The size of equal parts of n, as few as hold at most `most` each: so that the last is no stump.
+inline int64_t equal_part(int64_t n, int64_t most) {
+  const int64_t parts = std::max<int64_t>(1, (n + most - 1) / most);
+  return (n + parts - 1) / parts;
+}
+
 // A call through a pointer: it compiles gemm's loops once, not once a caller.
 template <class Result, class... Arguments>
 struct Callback {
@@ -105,8 +111,7 @@ __attribute__((noinline)) void multiply_panel(int64_t i0, int64_t rows, int64_t 
                                               const Epilogue<E>& epilogue, FetchAhead& ahead) {
   using Sum = typename E::Sum;
   constexpr int64_t kRun = 512;  // steps summed in one go: longer sums of float32 lose digits
-  const int64_t runs = std::max<int64_t>(1, (steps + kRun - 1) / kRun);
-  const int64_t run = (steps + runs - 1) / runs;
+  const int64_t run = equal_part(steps, kRun);
   alignas(64) Sum done[kTileRows * kTileColumns<Sum>];
   for (int64_t i = 0; i < rows; i += kTileRows) {
     const int64_t tile_rows = std::min<int64_t>(kTileRows, rows - i);
@@ -146,15 +151,12 @@ constexpr int64_t kBlockRows = 96, kBlockColumns = 768, kBlockSteps = 512;
 static_assert(kBlockRows % kTileRows == 0);
 static_assert(kBlockColumns % kTileColumns<float> == 0);
 
-// Blocks of steps, equal in size, so that the last one is no stump. Sums must not depend on how
-// many threads there are: only the blocks of C may.
+// Blocks of steps. Sums must not depend on how many threads there are: only the blocks of C may.
 struct Split {
   int64_t count, size;
 };
 inline Split split_steps(int64_t steps) {
-  const int64_t largest = steps <= 2 * kBlockSteps ? 2 * kBlockSteps : kBlockSteps;
-  const int64_t blocks = std::max<int64_t>(1, (steps + largest - 1) / largest);
-  const int64_t size = (steps + blocks - 1) / blocks;
+  const int64_t size = equal_part(steps, steps <= 2 * kBlockSteps ? 2 * kBlockSteps : kBlockSteps);
   return {size ? (steps + size - 1) / size : 0, size};
 }
 
