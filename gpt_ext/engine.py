@@ -75,11 +75,15 @@ def engine_for(model: GPT, form: decode.WeightFormat) -> Engine:
 def weights_of(model: GPT) -> tuple[list[Tensor], float]:
     """The model's weights in the order of `decode.pack`, and the eps of its norms.
 
-    Raises NotPlainError where a module is not of the very type that GPT makes, or has hooks or a
-    forward of its own: what such a module computes, the engine does not know.
+    Raises NotPlainError where a module that is called is not of the very type that GPT makes, or
+    has hooks or a forward of its own: what such a module computes, the engine does not know. Also
+    where a weight is not on the CPU, and where sizes or the activation are not those of the config.
     """
     from gpt_ext.model import GPT, Attention, Block, FeedForward
 
+    config = model.config
+    vocab, dim, hidden = config.vocab_size, config.model_dim, 4 * config.model_dim
+    heads = (3, config.num_heads, dim // config.num_heads)
     eps: set[float] = set()
 
     def plain(name: str, module: Any, kind: type[nn.Module]) -> None:
@@ -87,42 +91,50 @@ def weights_of(model: GPT) -> tuple[list[Tensor], float]:
         if type(module) is not kind or any(hooks) or "forward" in vars(module):
             raise NotPlainError(f"{name} is no plain {kind.__name__}")
 
-    def leaf(name: str, module: Any, kind: type[nn.Module]) -> list[Tensor]:
-        plain(name, module, kind)
-        weight, bias = module.weight, getattr(module, "bias", None)
-        if not isinstance(weight, Tensor) or weight.device.type != "cpu":
-            raise NotPlainError(f"{name} has no weight on the CPU")
-        if kind is nn.Embedding:
-            return [weight]
-        if kind is nn.LayerNorm:
-            eps.add(module.eps)
-        if bias is None and name.endswith("qkv"):
-            bias = weight.new_zeros(weight.shape[0])
-        if not isinstance(bias, Tensor):
-            raise NotPlainError(f"{name} has no bias")
-        return [weight, bias]
+    def tensor(name: str, value: Any, *shape: int) -> Tensor:
+        if not isinstance(value, Tensor) or value.device.type != "cpu" or value.shape != shape:
+            raise NotPlainError(f"{name} is no tensor {shape} on the CPU")
+        return value
+
+    def layer(name: str, module: Any, *shape: int) -> list[Tensor]:
+        weight = tensor(f"{name}.weight", getattr(module, "weight", None), *shape)
+        bias = getattr(module, "bias", None)
+        if bias is None:
+            bias = weight.new_zeros(shape[0])
+        return [weight, tensor(f"{name}.bias", bias, shape[0])]
+
+    def norm(name: str, module: Any) -> list[Tensor]:
+        tensors = layer(name, module, dim)
+        eps.add(module.eps)
+        return tensors
 
     plain("the model", model, GPT)
+    tokens, positions = model.token_embedding, model.position_embedding
     weights = [
-        *leaf("token_embedding", model.token_embedding, nn.Embedding),
-        *leaf("position_embedding", model.position_embedding, nn.Embedding),
-        *leaf("final_norm", model.final_norm, nn.LayerNorm),
-        *leaf("vocab_projection", model.vocab_projection, nn.Linear),
+        tensor("token_embedding.weight", tokens.weight, vocab, dim),
+        tensor("position_embedding.weight", positions.weight, config.context_length, dim),
+        *norm("final_norm", model.final_norm),
+        *layer("vocab_projection", model.vocab_projection, vocab, dim),
     ]
+    if len(model.blocks) != config.num_blocks:
+        raise NotPlainError(f"it has {len(model.blocks)} blocks, its config {config.num_blocks}")
     block: Any
     for i, block in enumerate(model.blocks):
-        plain(f"blocks[{i}]", block, Block)
-        plain(f"blocks[{i}].attention", block.attention, Attention)
-        plain(f"blocks[{i}].feed_forward", block.feed_forward, FeedForward)
-        for name, module, kind in (
-            ("attention_norm", block.attention_norm, nn.LayerNorm),
-            ("qkv", block.attention.qkv, nn.Linear),
-            ("projection", block.attention.projection, nn.Linear),
-            ("feed_forward_norm", block.feed_forward_norm, nn.LayerNorm),
-            ("up", block.feed_forward.up, nn.Linear),
-            ("down", block.feed_forward.down, nn.Linear),
-        ):
-            weights += leaf(f"blocks[{i}]'s {name}", module, kind)
+        name = f"blocks[{i}]"
+        plain(name, block, Block)
+        attention, network = block.attention, block.feed_forward
+        plain(f"{name}.attention", attention, Attention)
+        plain(f"{name}.feed_forward", network, FeedForward)
+        if (attention.packed_shape, network.activation) != (heads, config.activation):
+            raise NotPlainError(f"{name} has other heads, or another activation, than its config")
+        weights += [
+            *norm(f"{name}.attention_norm", block.attention_norm),
+            *layer(f"{name}.attention.qkv", attention.qkv, 3 * dim, dim),
+            *layer(f"{name}.attention.projection", attention.projection, dim, dim),
+            *norm(f"{name}.feed_forward_norm", block.feed_forward_norm),
+            *layer(f"{name}.feed_forward.up", network.up, hidden, dim),
+            *layer(f"{name}.feed_forward.down", network.down, dim, hidden),
+        ]
     if len(eps) != 1:
         raise NotPlainError("its norms have different eps")
     return weights, eps.pop()

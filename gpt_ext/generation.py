@@ -266,7 +266,7 @@ def last_logits(model: GPT, new: Tensor, caches: Sequence[KVCache]) -> Tensor:
     x = model.embed(new, start=caches[0].length)
     for block, cache in zip(model.blocks, caches, strict=True):
         x = block(x, cache.attend)
-    return model.vocab_projection(model.final_norm(x[:, -1]))
+    return model.logits(x[:, -1])
 
 
 def sample(

@@ -134,6 +134,10 @@ class GPT(Pretrained, nn.Module):
     queries, keys and values a bias; `dropout` acts on what attention and feed-forward add to the
     residual. Parameters start as PyTorch's layers start. Raises ValueError for sizes that make no
     model.
+
+    Embeddings, norms and linear layers are read, not called: what they hold counts, while their
+    hooks, or a `forward` of their own, never run. Blocks, and the attention and feed-forward in
+    them, are called.
     """
 
     def __init__(
@@ -171,8 +175,12 @@ class GPT(Pretrained, nn.Module):
         outside the vocabulary; on CUDA, where looking would wait for the device, such an id fails
         PyTorch's device-side assertion, which the next synchronisation raises.
         """
+        return self.logits(self.hidden(tokens))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits (..., V) from what the blocks make of tokens, (..., C)."""
         head = self.vocab_projection
-        return linear(self.hidden(tokens), head.weight, head.bias, norm=norm_of(self.final_norm))
+        return linear(x, head.weight, head.bias, norm=norm_of(self.final_norm))
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """What the blocks make of `tokens` (B, T): (B, T, C), before the final norm."""
@@ -261,7 +269,8 @@ class GPT(Pretrained, nn.Module):
 
         It ends after `max_new_tokens`, or when every row has drawn one of the ids of `stop`; until
         then a row that has repeats it. Dropout is off, whatever the model's mode, which stays as
-        it was; the weights are those of the moment when the first token is asked for.
+        it was. On a CPU the weights are those of the moment when the first token is asked for,
+        unless the model was changed after it was built.
 
         Args:
             temperature: divides the logits; 0 takes the likeliest token.

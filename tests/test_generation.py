@@ -248,8 +248,8 @@ def test_other_bad_arguments_are_told_at_the_call(model: GPT) -> None:
         model.stream([START[0], START], 5)
     with pytest.raises(ValueError, match="the prompt is empty"):
         model.stream([START[0], START[0, :0]], 5)
-    model.blocks[1].feed_forward.up.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"dtype 'int8': .* blocks\[1\]'s up is no plain"):
+    model.blocks[1].feed_forward.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"dtype 'int8': .* blocks\[1\].feed_forward is no plain"):
         model.stream(START, 5, dtype="int8")
 
 

@@ -98,8 +98,7 @@ class Page:
         start = max(0, position - self.model.config.context_length)
         seen, chosen = tokens[start:position], int(tokens[position])
         attention, x = read(self.model, seen, slice(-1, None))  # (layers, heads, 1, T), (T, C)
-        logits = self.model.vocab_projection(self.model.final_norm(x[-1]))
-        probabilities = logits.double().softmax(-1)  # (V,)
+        probabilities = self.model.logits(x[-1]).double().softmax(-1)  # (V,)
         ranked = probabilities.argsort(descending=True, stable=True).tolist()
         text_of = self.tokenizer.stream()
 

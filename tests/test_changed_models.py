@@ -1,0 +1,102 @@
+"""Models that were changed after they were built: text is by what they compute now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gpt_ext import GPT, engine
+
+START = torch.zeros(1, 1, dtype=torch.int64)
+
+
+@pytest.fixture
+def model() -> GPT:
+    """A model of random weights, its logits spread so that no character is sure."""
+    model = GPT(vocab_size=40, context_length=32, model_dim=48, num_blocks=2, num_heads=4).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    return model
+
+
+# Each makes a model that the engine does not know, or only seems to.
+def hook_a_block(model: GPT) -> None:
+    model.blocks[0].register_forward_hook(lambda *arguments: arguments[-1] / 2)
+
+
+def hook_a_norm(model: GPT) -> None:
+    model.final_norm.register_forward_hook(lambda *_: torch.ones(1, 48))
+
+
+def another_class_of_block(model: GPT) -> None:
+    class Louder(type(model.blocks[1])):  # type: ignore[misc]
+        def forward(self, *arguments: Any) -> Tensor:
+            louder: Tensor = 3 * super().forward(*arguments)
+            return louder
+
+    model.blocks[1].__class__ = Louder
+
+
+def another_class_of_linear_layer(model: GPT) -> None:
+    class Silent(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.zeros(*x.shape[:-1], self.out_features)
+
+    model.vocab_projection.__class__ = Silent
+
+
+def another_activation(model: GPT) -> None:
+    for block in model.blocks:
+        block.feed_forward.activation = "gelu"
+
+
+def fewer_heads(model: GPT) -> None:
+    for block in model.blocks:
+        block.attention.packed_shape = (3, 2, 24)
+
+
+def fewer_blocks(model: GPT) -> None:
+    del model.blocks[1]
+
+
+def a_wider_network(model: GPT) -> None:
+    network = model.blocks[0].feed_forward
+    network.up, network.down = nn.Linear(48, 100), nn.Linear(100, 48)
+
+
+def weight_norm(model: GPT) -> None:
+    layer = nn.utils.parametrizations.weight_norm(model.vocab_projection)
+    layer.parametrizations.weight.original0.data.mul_(-2)
+
+
+def no_bias(model: GPT) -> None:
+    model.vocab_projection.bias = None
+
+
+TO_THE_ENGINE_THE_SAME = [hook_a_norm, another_class_of_linear_layer, weight_norm, no_bias]
+TO_PYTORCH_ALONE = [
+    hook_a_block, another_class_of_block, another_activation, fewer_heads, fewer_blocks,
+    a_wider_network,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change", TO_THE_ENGINE_THE_SAME + TO_PYTORCH_ALONE, ids=lambda change: change.__name__
+)
+def test_a_changed_model_writes_what_its_forward_says(
+    model: GPT, change: Callable[[GPT], None]
+) -> None:
+    change(model)
+    text = START
+    with torch.no_grad():
+        for _ in range(60):
+            text = torch.cat((text, model(text[:, -32:])[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(model.generate(START, 60, temperature=0), text)
+    if change in TO_PYTORCH_ALONE:
+        with pytest.raises(engine.NotPlainError):
+            engine.weights_of(model)
