@@ -275,19 +275,22 @@ def sample(
     """One draw (B, 1) a row of `logits` (B, V), of which `seen` (B, V) were seen before."""
     if not logits.isfinite().all():
         raise RuntimeError("the model's logits are not finite: its weights are damaged")
+    limits = torch.finfo(torch.float32)
     penalty = sampling.repetition_penalty
     if penalty != 1:
-        penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
-        logits = torch.where(seen, penalised, logits)
+        penalised = torch.where(logits > 0, logits / penalty, logits * min(penalty, limits.max))
+        logits = torch.where(seen, penalised, logits).clamp(-limits.max, limits.max)
     if sampling.temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / sampling.temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, limits.tiny)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         kth = logits.topk(sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
     if sampling.top_p is not None:
         likeliest, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         outside = likeliest.cumsum(dim=-1) - likeliest >= sampling.top_p  # reached before it
+        outside[:, 0] = False
         logits = logits.masked_fill(outside.gather(-1, order.argsort(dim=-1)), -math.inf)
     draws = [
         torch.multinomial(part, 1, generator=generator)

@@ -258,3 +258,22 @@ def test_damaged_weights_give_an_error_and_no_text(model: GPT, temperature: floa
     model.vocab_projection.bias.data[3] = math.nan
     with pytest.raises(RuntimeError, match="logits are not finite"):
         model.generate(START, 5, temperature=temperature)
+
+
+@pytest.mark.parametrize("in_torch", [False, True])
+def test_extreme_options_are_the_limits_they_tend_to(model: GPT, in_torch: bool) -> None:
+    if in_torch:
+        model.blocks[0].register_forward_hook(lambda *_: None)
+    model.vocab_projection.weight.data.div_(2)
+    model.vocab_projection.bias.data[:3] = torch.tensor([9.0, 7.0, 5.0])
+    model.vocab_projection.weight.data[:3] = 0
+    greedy = model.generate(START, 40, temperature=0)
+    for options in ({"temperature": 1e-320}, {"temperature": 1e-38}, {"top_p": 1e-300}):
+        assert torch.equal(model.generate(START, 40, **options), greedy), options
+    flat = torch.bincount(model.generate(START, 4000, temperature=1e300)[0], minlength=40)
+    assert flat.min() > 50
+    for temperature in (0.0, 1.0):
+        rewarded = model.generate(START + 2, 40, repetition_penalty=1e-50, temperature=temperature)
+        assert (rewarded == 2).all(), "a token seen, its logit above 0, is all there is"
+    penalised = model.generate(START, 25, repetition_penalty=1e300, temperature=0)
+    assert penalised[0, 1:3].tolist() == [1, 2], "what was seen comes last"

@@ -56,10 +56,13 @@ inline bool all_finite(const float* x, int64_t n) {
 inline int64_t draw_token(const DecodeSampling& p, int64_t vocab, float* logits, const float* noise,
                           const uint8_t* seen, const SampleScratch& s) {
   if (!all_finite(logits, vocab)) return -1;
+  constexpr float kMax = std::numeric_limits<float>::max();
   if (p.repetition_penalty != 1) {
-    const float penalty = static_cast<float>(p.repetition_penalty);
+    const float penalty = static_cast<float>(std::min<double>(p.repetition_penalty, kMax));
     for (int64_t v = 0; v < vocab; ++v)
-      if (seen[v]) logits[v] = logits[v] > 0 ? logits[v] / penalty : logits[v] * penalty;
+      if (seen[v])
+        logits[v] =
+            std::clamp(logits[v] > 0 ? logits[v] / penalty : logits[v] * penalty, -kMax, kMax);
   }
   if (p.temperature == 0) return first_largest(logits, vocab);
 
@@ -71,8 +74,7 @@ inline int64_t draw_token(const DecodeSampling& p, int64_t vocab, float* logits,
     smallest = s.sorted[p.top_k - 1];
   }
   const float max = logits[first_largest(logits, vocab)];
-  const float factor = static_cast<float>(
-      std::min<double>(kLog2E / p.temperature, std::numeric_limits<float>::max()));
+  const float factor = static_cast<float>(std::min<double>(kLog2E / p.temperature, kMax));
   for_columns<float>(vocab, [&](int64_t v, auto part) {
     const Vec<float> x = load(logits + v, part);
     const Vec<float> weight = exp2((x - max) * factor);
