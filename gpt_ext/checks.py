@@ -1,6 +1,11 @@
-"""What the model asks of its tokens."""
+"""What the model asks of its tokens, and of numbers."""
 
 from __future__ import annotations
+
+import math
+import operator
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,3 +27,21 @@ def check_token_ids(tokens: Tensor, vocab_size: int) -> None:
         raise IndexError(
             f"token id {bad[0].item()} is outside the vocabulary, 0 to {vocab_size - 1}"
         )
+
+
+def integer(name: str, value: Any) -> int:
+    """The value as an int; TypeError for what is none."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def number(name: str, value: Any) -> float:
+    """The value as a float, infinite where it is too large for one; TypeError for no number."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

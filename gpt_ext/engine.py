@@ -192,8 +192,9 @@ class Slots:
             if sampling.repetition_penalty != 1:
                 self._mark_seen(slot, prompt)
         self.sampling[group.slots.start : group.slots.stop] = torch.tensor(
-            [sampling.repetition_penalty, sampling.temperature, sampling.top_k or 0,
-             sampling.top_p or 1.0], dtype=torch.float64,
+            [sampling.repetition_penalty, sampling.temperature,
+             min(sampling.top_k or 0, self.engine.config.vocab_size), sampling.top_p or 1.0],
+            dtype=torch.float64,
         )  # fmt: skip
         self.groups.append(group)
         self.going += group.slots

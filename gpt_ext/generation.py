@@ -11,16 +11,16 @@ window is computed anew: exact, where keeping the old keys would not be.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from gpt_ext import engine
-from gpt_ext.checks import check_token_ids, check_tokens
+from gpt_ext.checks import check_token_ids, check_tokens, integer, number
 from gpt_ext.engine import Sampling
 from gpt_ext.ops import packed_causal_attention
 from gpt_ext.ops.decode import FORMATS, WeightFormat
@@ -46,7 +46,8 @@ def generate(
     last position, with a window of the last `context_length` tokens; `int_to_char` names a token.
     Dropout is off, whatever the model's mode. Raises as `GPT.stream` does.
     """
-    if context.dim() == 2 and context.shape[0] != 1:
+    check_tokens(context)
+    if context.shape[0] != 1:
         raise ValueError(f"context must hold one sequence, (1, T), got {tuple(context.shape)}")
     chunks = draw(model, context, new_chars, window=context_length)
     return "".join(int_to_char[int(token)] for chunk in chunks for token in chunk)
@@ -76,17 +77,18 @@ def draw(
     """
     config = model.config
     rows = check_prompts(prompts, config.vocab_size)
+    max_new_tokens = integer("max_new_tokens", max_new_tokens)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
-    window = config.context_length if window is None else window
+    window = config.context_length if window is None else integer("context_length", window)
     if not 1 <= window <= config.context_length:
         raise ValueError(
             f"context_length must be from 1 to the model's {config.context_length}, got {window}"
         )
     generators = check_generators(generator, len(rows), rows[0].device)
-    sampling, stop = Sampling(temperature, top_k, top_p, repetition_penalty), [*map(int, stop)]
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     check_sampling(sampling)
-    check_stop(stop, config.vocab_size)
+    stop = stop_ids(stop, config.vocab_size)
     dropped = check_overflow(overflow, stride, window)
     ragged = len({len(row) for row in rows}) > 1
     check_dtype(model, dtype, ragged)
@@ -119,11 +121,14 @@ def until_stop(tokens: Tensor, stop: Sequence[int]) -> Tensor:
     return tokens[: int(ends[0]) + 1] if len(ends) else tokens
 
 
-def check_prompts(prompts: Prompts, vocab_size: int) -> list[Tensor]:
-    """The prompts' rows, (T,) int64 each, once they are seen to be tokens."""
+def check_prompts(prompts: Any, vocab_size: int) -> list[Tensor]:
+    """Copies of the prompts' rows, (T,) int64 each, once they are seen to be tokens."""
     if isinstance(prompts, Tensor):
         check_tokens(prompts)
         rows = list(prompts)
+    elif not isinstance(prompts, Sequence):
+        kind = type(prompts).__name__
+        raise TypeError(f"tokens must be a tensor (B, T), or a sequence of (T,), got {kind}")
     else:
         rows = list(prompts)
         for i, row in enumerate(rows):
@@ -137,7 +142,7 @@ def check_prompts(prompts: Prompts, vocab_size: int) -> list[Tensor]:
         check_token_ids(row, vocab_size)
         if not row.numel():
             raise ValueError(f"the prompt is empty: tokens are shaped {(len(rows), 0)}")
-    return rows
+    return [row.clone() for row in rows]  # read when the first token is asked for
 
 
 def check_generators(
@@ -146,11 +151,12 @@ def check_generators(
     """One generator for all rows, the device's default one unless given, or one a row."""
     if generator is None:
         return (default_generator(device),)
-    if isinstance(generator, torch.Generator):
-        return (generator,)
-    if len(generator) != rows:
-        raise ValueError(f"generator must be one, or one a row: {rows}, got {len(generator)}")
-    return tuple(generator)
+    generators = tuple(generator) if isinstance(generator, Iterable) else (generator,)
+    if not all(isinstance(each, torch.Generator) for each in generators):
+        raise TypeError(f"generator must be a torch.Generator, or one a row, got {generator!r}")
+    if isinstance(generator, Iterable) and len(generators) != rows:
+        raise ValueError(f"generator must be one, or one a row: {rows}, got {len(generators)}")
+    return generators
 
 
 def default_generator(device: torch.device) -> torch.Generator:
@@ -161,24 +167,29 @@ def default_generator(device: torch.device) -> torch.Generator:
 
 
 def check_sampling(sampling: Sampling) -> None:
-    """Raises ValueError for what is no way of drawing."""
-    temperature, top_k, top_p = sampling.temperature, sampling.top_k, sampling.top_p
-    penalty = sampling.repetition_penalty
+    """Raises TypeError or ValueError for what is no way of drawing."""
+    temperature = number("temperature", sampling.temperature)
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature must be finite and not negative, got {temperature}")
-    if top_k is not None and top_k < 1:
+    top_k, top_p = sampling.top_k, sampling.top_p
+    if top_k is not None and integer("top_k", top_k) < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_p is not None and not 0 < number("top_p", top_p) <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    penalty = number("repetition_penalty", sampling.repetition_penalty)
     if not (math.isfinite(penalty) and penalty > 0):
         raise ValueError(f"repetition_penalty must be finite and above 0, got {penalty}")
 
 
-def check_stop(stop: Sequence[int], vocab_size: int) -> None:
-    """Raises IndexError for an id that is no token."""
-    for token in stop:
+def stop_ids(stop: Iterable[int], vocab_size: int) -> list[int]:
+    """The ids, once they are seen to be tokens: else TypeError or IndexError."""
+    if not isinstance(stop, Iterable):
+        raise TypeError(f"stop must be a sequence of token ids, got {stop!r}")
+    ids = [integer("a stop id", token) for token in stop]
+    for token in ids:
         if not 0 <= token < vocab_size:
             raise IndexError(f"stop id {token} is outside the vocabulary, 0 to {vocab_size - 1}")
+    return ids
 
 
 def check_overflow(overflow: str, stride: int | None, window: int) -> int:
@@ -191,6 +202,7 @@ def check_overflow(overflow: str, stride: int | None, window: int) -> int:
         return 0
     if stride is None:
         return window // 4
+    stride = integer("stride", stride)
     if not 1 <= stride < window:
         raise ValueError(f"stride must be from 1 to {window - 1}, below the window, got {stride}")
     return stride

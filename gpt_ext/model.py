@@ -57,7 +57,7 @@ class GPTConfig:
                 f"model_dim / num_heads must be at most {MAX_HEAD_SIZE}, "
                 f"got {self.model_dim} / {self.num_heads}"
             )
-        if not 0 <= self.dropout <= 1:
+        if not (isinstance(self.dropout, (int, float)) and 0 <= self.dropout <= 1):
             raise ValueError(f"dropout must be from 0 to 1, got {self.dropout!r}")
         if self.activation not in get_args(Activation):
             raise ValueError(
@@ -236,6 +236,7 @@ class GPT(Pretrained, nn.Module):
         Of a list of prompts, (T,) each, it makes a list of texts, (T + new,) each, which end with
         their first stop token.
         """
+        stop = generation.stop_ids(stop, self.config.vocab_size)
         drawn = generation.draw(
             self, tokens, max_new_tokens,
             temperature=temperature, top_k=top_k, top_p=top_p,

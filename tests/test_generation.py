@@ -226,6 +226,60 @@ def test_bad_options_are_told_at_the_call(
         model.stream(START, **{"max_new_tokens": 5, **arguments})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": "1"}, "temperature must be a number, got '1'"),
+        ({"temperature": None}, "temperature must be a number, got None"),
+        ({"top_k": 2.5}, "top_k must be an integer, got 2.5"),
+        ({"top_p": "0.9"}, "top_p must be a number, got '0.9'"),
+        ({"repetition_penalty": [1]}, r"repetition_penalty must be a number, got \[1\]"),
+        ({"max_new_tokens": 5.0}, "max_new_tokens must be an integer, got 5.0"),
+        ({"stop": 7}, "stop must be a sequence of token ids, got 7"),
+        ({"stop": [1.7]}, "a stop id must be an integer, got 1.7"),
+        ({"stop": "ab"}, "a stop id must be an integer, got 'a'"),
+        ({"generator": 5}, "generator must be a torch.Generator, or one a row, got 5"),
+        ({"generator": [None]}, r"torch.Generator, or one a row, got \[None\]"),
+        ({"overflow": "reprefill", "stride": 2.5}, "stride must be an integer, got 2.5"),
+    ],
+)
+def test_options_of_another_type_are_told_at_the_call(
+    model: GPT, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        model.stream(START, **{"max_new_tokens": 5, **arguments})
+
+
+def test_numbers_of_other_kinds_are_numbers(model: GPT) -> None:
+    numpy = pytest.importorskip("numpy")
+    for options in (
+        {"temperature": numpy.float32(1), "top_k": numpy.int64(40)}, {"top_k": 10**400},
+    ):  # fmt: skip
+        torch.manual_seed(0)
+        expected = model.generate(START, 40)
+        torch.manual_seed(0)
+        assert torch.equal(model.generate(START, 40, **options), expected)
+    with pytest.raises(ValueError, match="temperature must be finite and not negative, got inf"):
+        model.stream(START, 5, temperature=10**400)
+
+
+@pytest.mark.parametrize("stop", [{3}, iter([3]), torch.tensor([3]), range(3, 4)], ids=str)
+def test_stop_ids_come_in_any_collection(model: GPT, stop: Any) -> None:
+    prompts, options = [START[0], START[0] + 1], {"generator": torch.Generator().manual_seed(1)}
+    texts = model.generate(prompts, 200, stop=stop, **options)
+    options["generator"].manual_seed(1)
+    assert all(map(torch.equal, texts, model.generate(prompts, 200, stop=[3], **options)))
+    assert all(int(text[-1]) == 3 for text in texts)
+
+
+def test_a_prompt_is_what_it_was_at_the_call(model: GPT) -> None:
+    expected = model.generate(START, 20, temperature=0)[0, 1:]
+    for prompts in (START.clone(), [START[0].clone()]):
+        tokens = model.stream(prompts, 20, temperature=0)
+        prompts[0][:] = 7
+        assert torch.equal(torch.cat([*tokens]), expected)
+
+
 def test_bad_prompts_are_told_at_the_call(model: GPT) -> None:
     with pytest.raises(ValueError, match=r"the prompt is empty: tokens are shaped \(1, 0\)"):
         model.stream(START[:, :0], 5)
@@ -233,6 +287,10 @@ def test_bad_prompts_are_told_at_the_call(model: GPT) -> None:
         model.stream(torch.tensor([[40] + 50 * [1]]), 5)
     with pytest.raises(TypeError, match=r"int64 tensor, got torch\.float32"):
         model.stream(START.float(), 5)
+    with pytest.raises(TypeError, match=r"a sequence of \(T,\), got NoneType"):
+        model.stream(None, 5)
+    with pytest.raises(TypeError, match="int64 tensor, got list"):
+        generate(model, 5, [[0]], 32, INT_TO_CHAR)
     with pytest.raises(ValueError, match=r"one sequence, \(1, T\), got \(2, 1\)"):
         generate(model, 5, START.expand(2, 1), 32, INT_TO_CHAR)
     with pytest.raises(ValueError, match="context_length must be from 1 to the model's 32, got 33"):

@@ -145,6 +145,7 @@ def test_a_small_model_learns(device: str) -> None:
         ({"num_heads": 5}, "num_heads must divide model_dim, got 5 heads of 24"),
         ({"model_dim": 1028}, "model_dim / num_heads must be at most 256, got 1028 / 4"),
         ({"dropout": 1.5}, "dropout must be from 0 to 1, got 1.5"),
+        ({"dropout": "0.1"}, "dropout must be from 0 to 1, got '0.1'"),
         ({"dropout": math.nan}, "dropout must be from 0 to 1, got nan"),
         ({"activation": "tanh"}, "activation must be one of .*, got 'tanh'"),
     ],
