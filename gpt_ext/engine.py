@@ -165,14 +165,14 @@ class Slots:
     ) -> None:  # fmt: skip
         config = engine.config
         self.engine, self.window, self.stride, self.stop = engine, window, stride, stop
-        self.stop_ids = torch.tensor(stop, dtype=torch.int64) if stop else None
+        self.stop_ids = engine.packed.new_tensor(stop, dtype=torch.int64) if stop else None
         self.texts: list[list[int]] = [[] for _ in range(count)]
         self.cached = [0] * count
         self.groups: list[Group] = []
         self.going: list[int] = []  # slots whose sequences have not ended
-        self.sampling = torch.tensor([1.0, 0.0, 0.0, 1.0]).double().repeat(count, 1)
+        self.sampling = engine.packed.new_tensor([1, 0, 0, 1], dtype=torch.float64).repeat(count, 1)
         self.seen: Tensor | None = None  # (B, V), once a sequence has a repetition penalty
-        self.logits = torch.empty(0)  # (going, V') before the last token drawn
+        self.logits = self._empty(0)  # (going, V') before the last token drawn
         self.pace = 1  # tokens that are drawn in about CALL_SECONDS
         self.cache = decode.Cache.empty(
             config.num_blocks, count, config.num_heads, min(window, positions),
@@ -191,10 +191,9 @@ class Slots:
             self.texts[slot], self.cached[slot] = list(prompt[-self.window :]), 0
             if sampling.repetition_penalty != 1:
                 self._mark_seen(slot, prompt)
-        self.sampling[group.slots.start : group.slots.stop] = torch.tensor(
+        self.sampling[group.slots.start : group.slots.stop] = self.sampling.new_tensor(
             [sampling.repetition_penalty, sampling.temperature,
-             min(sampling.top_k or 0, self.engine.config.vocab_size), sampling.top_p or 1.0],
-            dtype=torch.float64,
+             min(sampling.top_k or 0, self.engine.config.vocab_size), sampling.top_p or 1.0]
         )  # fmt: skip
         self.groups.append(group)
         self.going += group.slots
@@ -248,7 +247,7 @@ class Slots:
         early, final = rows.split([rows.shape[1] - finals, finals], dim=1)
         parts = [part.contiguous() for part in early.split(max(16, int(CALL_FLOPS / flops)), dim=1)]
         width = decode.aligned(self.engine.config.model_dim)
-        streams = [torch.empty(part.shape[1], width) for part in parts]
+        streams = [self._empty(part.shape[1], width) for part in parts]
         run = max(1, int(CALL_FLOPS / (max(1, parts[0].shape[1]) * flops)))
         for block in range(0, blocks, run):
             for x, part in zip(streams, parts, strict=True):  # a block's weights stay in cache
@@ -267,14 +266,18 @@ class Slots:
             if group.states is None or not torch.equal(generator.get_state(), group.states[1]):
                 continue
             generator.set_state(group.states[0])
-            again = torch.empty(len(group.slots), self.engine.config.vocab_size)
+            again = self._empty(len(group.slots), self.engine.config.vocab_size)
             for _ in range(used):
                 again.exponential_(generator=generator)
+
+    def _empty(self, *shape: int) -> Tensor:
+        """Of float32 on the CPU, whatever torch's defaults are."""
+        return self.engine.packed.new_empty(shape, dtype=torch.float32)
 
     def _mark_seen(self, slot: int, prompt: Sequence[int]) -> None:
         if self.seen is None:
             shape = (len(self.texts), self.engine.config.vocab_size)
-            self.seen = torch.zeros(shape, dtype=torch.uint8)
+            self.seen = self.engine.packed.new_zeros(shape, dtype=torch.uint8)
         self.seen[slot] = 0
         self.seen[slot, list(prompt)] = 1
 
@@ -283,7 +286,7 @@ class Slots:
         drawing = [group for group in self.groups if group.sampling.temperature > 0]
         if not drawing:
             return None
-        noise = torch.empty(steps, len(self.texts), self.engine.config.vocab_size)
+        noise = self._empty(steps, len(self.texts), self.engine.config.vocab_size)
         for group in drawing:
             generator = group.generator
             before = generator.get_state()
@@ -312,7 +315,7 @@ def chunks(slots: Slots, new: int) -> Iterator[Tensor]:
 
     A sequence that has ended repeats its last token.
     """
-    last = torch.empty(len(slots.texts), dtype=torch.int64)
+    last = slots.engine.packed.new_empty(len(slots.texts), dtype=torch.int64)
     while new > 0 and slots.going:
         drawn = slots.next_chunk(new)
         new -= len(drawn)

@@ -117,7 +117,7 @@ def draw(
 
 def until_stop(tokens: Tensor, stop: Sequence[int]) -> Tensor:
     """`tokens` (n,) up to their first stop id, which is kept."""
-    ends = torch.isin(tokens, torch.tensor(stop, dtype=torch.int64)).nonzero()
+    ends = torch.isin(tokens, tokens.new_tensor(stop)).nonzero()
     return tokens[: int(ends[0]) + 1] if len(ends) else tokens
 
 

@@ -245,7 +245,7 @@ class GPT(Pretrained, nn.Module):
         )  # fmt: skip
         if isinstance(tokens, Tensor):
             return torch.cat((tokens, *(chunk.T for chunk in drawn)), dim=1)
-        new = torch.cat([torch.empty(0, len(tokens), dtype=torch.int64), *drawn])
+        new = torch.cat([tokens[0].new_empty(0, len(tokens)), *drawn])
         return [
             torch.cat((prompt, generation.until_stop(column, stop)))
             for prompt, column in zip(tokens, new.unbind(1), strict=True)

@@ -145,6 +145,39 @@ def test_a_stream_goes_on_with_the_weights_it_began_with(model: GPT) -> None:
     assert torch.equal(torch.cat([first, *tokens]), expected)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("set_default", "other", "usual"),
+    [
+        (torch.set_default_dtype, torch.float64, torch.float32),
+        (torch.set_default_device, "meta", None),
+    ],
+)
+def test_torchs_defaults_change_nothing(
+    model: GPT, form: decode.WeightFormat, set_default: Callable[[Any], None], other: Any,
+    usual: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(engine, "CALL_FLOPS", 1e5)  # the prompts take several calls
+    prompts, generator = list(torch.randint(40, (2, 70))), seeded(7)
+    options: dict[str, Any] = {
+        "repetition_penalty": 1.5, "stop": [3], "dtype": form, "generator": generator,
+    }  # fmt: skip
+
+    def results() -> list[Tensor]:
+        generator.manual_seed(7)
+        texts: list[Tensor] = model.generate(prompts, 60, **options)
+        begun = next(model.stream(prompts, 60, **options))  # and dropped
+        return [*texts, begun, generator.get_state()]
+
+    expected = results()
+    set_default(other)
+    try:
+        found = results()
+    finally:
+        set_default(usual)
+    assert all(map(torch.equal, found, expected))
+
+
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

@@ -53,8 +53,9 @@ class Cache(NamedTuple):
         """For so many sequences and positions: float32 beside float32 weights, else bfloat16."""
         shape = (blocks, sequences, heads, aligned(positions), aligned(head_size))
         if form == "float32":
-            return cls(torch.empty(shape), torch.empty(shape))
-        keys = torch.empty(shape, dtype=torch.bfloat16)
+            keys = torch.empty(shape, dtype=torch.float32, device="cpu")
+            return cls(keys, torch.empty_like(keys))
+        keys = torch.empty(shape, dtype=torch.bfloat16, device="cpu")
         return cls(keys, torch.zeros_like(keys))  # zeros, as a step of k takes two values
 
 
@@ -92,7 +93,7 @@ def generate(
     is for, stop (S) int64 ends a sequence. Returns tokens (steps, B), -1 where a sequence has ended
     or has no row, and the logits (finals, V) before the last token drawn.
     """
-    sampling = torch.empty(cache.keys.shape[1], 4, dtype=torch.float64)
+    sampling = torch.empty(cache.keys.shape[1], 4, dtype=torch.float64, device="cpu")
     for column, value in enumerate((repetition_penalty, temperature, top_k, top_p)):
         sampling[:, column] = value
     return torch.ops.gpt_ext.decode_generate(
