@@ -206,15 +206,14 @@ class GPT(Pretrained, nn.Module):
         Targets of -100 are left out of the mean, as in torch.nn.functional.cross_entropy. Raises
         as `forward` does, for targets too.
         """
-        if targets.shape != tokens.shape:
+        hidden = self.hidden(tokens)
+        if isinstance(targets, Tensor) and targets.shape != tokens.shape:
             raise ValueError(
                 f"targets must be shaped like tokens, {tuple(tokens.shape)}, "
                 f"got {tuple(targets.shape)}"
             )
         head = self.vocab_projection
-        return cross_entropy(
-            self.hidden(tokens), head.weight, head.bias, targets, norm=norm_of(self.final_norm)
-        )
+        return cross_entropy(hidden, head.weight, head.bias, targets, norm=norm_of(self.final_norm))
 
     def generate(
         self,

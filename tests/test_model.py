@@ -193,6 +193,13 @@ def test_targets_of_another_shape() -> None:
         GPT(**SMALL).loss(small_tokens(), small_tokens()[:, 1:])
 
 
+def test_tokens_and_targets_that_are_no_tensors() -> None:
+    with pytest.raises(TypeError, match="tokens must be an int64 tensor, got list"):
+        GPT(**SMALL).loss([[1]], small_tokens())
+    with pytest.raises(TypeError, match=r"targets has dtype list, expected torch\.int64"):
+        GPT(**SMALL).loss(small_tokens(), [[1]])
+
+
 def test_copies_and_pickles_give_the_same_logits_and_are_independent() -> None:
     model = GPT(**SMALL).eval()
     expected = model(small_tokens())
