@@ -22,7 +22,7 @@ int64_t fingerprint(const std::vector<Tensor>& tensors) {
         {tensor.const_data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size())});
   }
   return static_cast<int64_t>(
-      decode_fingerprint(Cpu{}, runs.data(), static_cast<int64_t>(runs.size())));
+      decode_fingerprint(cpu(), runs.data(), static_cast<int64_t>(runs.size())));
 }
 
 // Data of weights[i], once it is seen to be float32 of this shape.
@@ -73,7 +73,7 @@ Tensor pack(const std::vector<Tensor>& weights, int64_t heads, int64_t activatio
                           heads,   hidden,  checked, static_cast<WeightFormat>(format),
                           norm_eps};
   Tensor packed = new_empty(weights[0], {decode_pack_bytes(Cpu{}, model)}, ScalarType::Byte);
-  decode_pack(Cpu{}, {.pack = packed.mutable_data_ptr(),
+  decode_pack(cpu(), {.pack = packed.mutable_data_ptr(),
                       .model = model,
                       .weights = {.token_embedding = weight(weights, 0, {vocab, c}),
                                   .position_embedding = weight(weights, 1, {context, c}),
@@ -141,7 +141,7 @@ void forward(Tensor x, const Tensor& packed, Tensor keys, Tensor values, const T
   check_operand(x, "x", packed, ScalarType::Float, {checked.count, decode_align(model.dim)});
   check(0 <= first_block && first_block <= end_block && end_block <= model.blocks, "blocks ",
         first_block, " to ", end_block, " are not among the ", model.blocks, " of the model");
-  decode_forward(Cpu{}, {.x = static_cast<float*>(x.mutable_data_ptr()),
+  decode_forward(cpu(), {.x = static_cast<float*>(x.mutable_data_ptr()),
                          .pack = packed.const_data_ptr(),
                          .cache = cache,
                          .rows = checked,
@@ -220,7 +220,7 @@ std::tuple<Tensor, Tensor> generate(const Tensor& packed, Tensor keys, Tensor va
   Tensor logits = new_empty(rows, {finals, decode_align(model.vocab)}, ScalarType::Float);
   call.tokens = static_cast<int64_t*>(tokens.mutable_data_ptr());
   call.logits = static_cast<float*>(logits.mutable_data_ptr());
-  decode_generate(Cpu{}, call);
+  decode_generate(cpu(), call);
   return {tokens, logits};
 }
 

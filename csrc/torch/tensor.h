@@ -144,6 +144,13 @@ inline Tensor new_empty(const Tensor& like, const Shape& shape, ScalarType dtype
   return result;
 }
 
+// The tag of the CPU's kernels. Asking torch for its number of threads makes it tell OpenMP: a new
+// thread would else use all cores, whatever torch.set_num_threads says.
+inline Cpu cpu() {
+  torch::stable::get_num_threads();
+  return {};
+}
+
 // Makes the tensor's device current while it lives and holds the tag that selects the kernels.
 template <class Backend>
 struct OnDevice;
@@ -151,7 +158,7 @@ struct OnDevice;
 template <>
 struct OnDevice<Cpu> {
   explicit OnDevice(const Tensor&) {}
-  Cpu backend;
+  Cpu backend = cpu();
 };
 
 #ifdef GPT_EXT_WITH_CUDA
