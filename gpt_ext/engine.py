@@ -10,8 +10,10 @@ from __future__ import annotations
 import threading
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -65,11 +67,30 @@ def engine_for(model: GPT, form: decode.WeightFormat) -> Engine:
         if form in engines and engines[form][0] == key:
             return engines[form][1]
     config = model.config
-    packed = decode.pack(weights, config.num_heads, config.activation, form, eps)
+    packed = interruptibly(
+        partial(decode.pack, weights, config.num_heads, config.activation, form, eps)
+    )
     engine = Engine(config, form, packed)
     with _lock:
         engines[form] = (key, engine)
     return engine
+
+
+def interruptibly(work: Callable[[], Tensor]) -> Tensor:
+    """work(), in a thread of its own: the one that waits for it sees Ctrl-C, as native code can't.
+
+    A large model is packed for a second.
+    """
+    result: Future[Tensor] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except Exception as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result.result()
 
 
 def weights_of(model: GPT) -> tuple[list[Tensor], float]:

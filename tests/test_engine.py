@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -320,37 +319,6 @@ def test_pytorchs_loop_has_the_same_options(model: GPT) -> None:
 
 def add_idle_hook(model: GPT) -> None:
     model.blocks[0].register_forward_hook(lambda *_: None)
-
-
-def test_other_threads_run_meanwhile_and_calls_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = GPT(50, 512, 256, 4, 4).eval()
-    calls: list[float] = []
-
-    def timed(op: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            start = time.thread_time()
-            result = op(*arguments, **options)
-            calls.append(time.thread_time() - start)
-            return result
-
-        return call
-
-    monkeypatch.setattr(decode, "generate", timed(decode.generate))
-    monkeypatch.setattr(decode, "forward", timed(decode.forward))
-    ticks, done = 0, threading.Event()
-
-    def tick() -> None:
-        nonlocal ticks
-        while not done.wait(0.001):
-            ticks += 1
-
-    thread = threading.Thread(target=tick)
-    thread.start()
-    model.generate(torch.randint(50, (1, 512)), 4)
-    done.set()
-    thread.join()
-    assert ticks > 20
-    assert len(calls) > 8, "the prompt is to take several calls"
 
 
 @pytest.fixture(scope="module")

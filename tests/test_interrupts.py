@@ -1,0 +1,80 @@
+"""While text is written, or weights are packed: other threads run, and Ctrl-C is seen."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from gpt_ext import GPT
+from gpt_ext.ops import decode
+
+
+def test_ctrl_c_is_seen_while_weights_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT(5, 8, 8, 1, 1)
+    pack, packing, packed = decode.pack, threading.Event(), threading.Event()
+
+    def slow_pack(*arguments: Any) -> torch.Tensor:
+        packing.set()
+        try:
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000)  # native, as packing is
+        finally:
+            packed.set()
+        return pack(*arguments)
+
+    def interrupt() -> None:
+        packing.wait()
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    monkeypatch.setattr(decode, "pack", slow_pack)
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(torch.zeros(1, 1, dtype=torch.int64), 3)
+    assert not packed.is_set()
+    packed.wait()
+
+
+def test_an_error_in_packing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: Any) -> torch.Tensor:
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(decode, "pack", no_memory)
+    with pytest.raises(MemoryError, match="too large"):
+        GPT(5, 8, 8, 1, 1).generate(torch.zeros(1, 1, dtype=torch.int64), 3)
+
+
+def test_other_threads_run_meanwhile_and_calls_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT(50, 512, 256, 4, 4).eval()
+    calls: list[float] = []
+
+    def timed(op: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            start = time.thread_time()
+            result = op(*arguments, **options)
+            calls.append(time.thread_time() - start)
+            return result
+
+        return call
+
+    monkeypatch.setattr(decode, "generate", timed(decode.generate))
+    monkeypatch.setattr(decode, "forward", timed(decode.forward))
+    ticks, done = 0, threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not done.wait(0.001):
+            ticks += 1
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    model.generate(torch.randint(50, (1, 512)), 4)
+    done.set()
+    thread.join()
+    assert ticks > 20
+    assert len(calls) > 8, "the prompt is to take several calls"
