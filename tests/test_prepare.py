@@ -21,6 +21,7 @@ import tiktoken
 import tokenizers
 import torch
 from corpus import SCRIPTS, mixed, sentences, written
+from memory import peak_growth
 from tiktoken_ext import openai_public
 from torch import Tensor
 
@@ -341,19 +342,9 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(
     assert {shown.fullmatch(line)[1] for line in lines} == {"reading", "learning", "encoding"}  # type: ignore[index]
 
 
-def peak_growth(inputs: list[str], out: str, answer: Any) -> None:
+def prepare_and_answer(inputs: list[str], out: str, answer: Any) -> None:
     """In a child: by how many bytes preparing raised the peak of the memory it has."""
-
-    def memory(key: str) -> int:
-        status = dict(
-            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
-        )
-        return int(status[key].split()[0]) * 1024
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what there is
-    before = memory("VmRSS")
-    prepare(PrepareOptions(tuple(inputs), out))
-    answer.send(memory("VmHWM") - before)
+    answer.send(peak_growth(lambda: prepare(PrepareOptions(tuple(inputs), out))))
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
@@ -364,7 +355,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
             file.write(text)
     receiver, sender = child.SERVER.Pipe(duplex=False)
     arguments = ([str(tmp_path / "large.txt")], str(tmp_path / "out"), sender)
-    process = child.SERVER.Process(target=peak_growth, args=arguments)
+    process = child.SERVER.Process(target=prepare_and_answer, args=arguments)
     process.start()
     process.join(120)
     assert process.exitcode == 0

@@ -7,6 +7,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from compare import assert_as_good_as_torch
+from memory import peak_growth
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -195,6 +196,16 @@ def test_repeats_are_equal_bit_for_bit(backend: str) -> None:
     first = results(inputs, dout)
     for _ in range(3):
         assert all(map(torch.equal, results(inputs, dout), first))
+
+
+def test_memory_grows_with_time_not_with_its_square() -> None:
+    time = 8192
+    qkv = torch.randn(1, time, 3, 1, 8, requires_grad=True)
+    dout = torch.randn(1, time, 1, 8)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, g = qkv.to(dtype), dout.to(dtype)
+        grown = peak_growth(lambda x=x, g=g: torch.autograd.grad(packed_causal_attention(x), x, g))
+        assert grown < time * time / 4, "bytes; a matrix of bfloat16 scores has eight times as many"
 
 
 def test_unneeded_gradients_are_none(device: str) -> None:
