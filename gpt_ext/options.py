@@ -13,6 +13,12 @@ def option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def check_seed(seed: int) -> None:
+    """UserError for what torch's generators do not take."""
+    if not -(2**63) <= seed < 2**64:
+        raise UserError(f"seed must be from -2^63 to 2^64 - 1, got {seed}")
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """The arguments of `GPT` that the data does not give."""
@@ -76,3 +82,4 @@ class TrainOptions:
                 raise UserError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
         if self.micro_batch_size is not None and self.micro_batch_size <= 0:
             raise UserError(f"micro_batch_size must be above 0, got {self.micro_batch_size}")
+        check_seed(self.seed)

@@ -121,6 +121,10 @@ def test_generate_into_a_full_disk(trained: tuple[Path, subprocess.CompletedProc
         (["--temperature", "-1"], "temperature must be finite and not negative, got -1"),
         (["--top-k", "0"], "top_k must be at least 1, got 0"),
         (["--length", "-5"], "max_new_tokens must not be negative, got -5"),
+        (
+            ["--seed", str(2**64)],
+            r"seed must be from -2\^63 to 2\^64 - 1, got 18446744073709551616",
+        ),
         (["--length", "many"], "length.*Expected a.*int.*many"),
         (["--lenght", "5"], "unrecognized arguments: --lenght"),
     ],

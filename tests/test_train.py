@@ -372,6 +372,7 @@ def test_a_seed_gives_the_same_run_and_another_seed_another(
         ({"learning_rate": math.nan}, "learning_rate must be above 0, got nan"),
         ({"warmup_steps": -1}, "warmup_steps must not be negative, got -1"),
         ({"beta2": 1.0}, "beta2 must be at least 0 and below 1, got 1.0"),
+        ({"seed": 2**64}, "seed must be from "),
         ({"device": "abacus"}, "device 'abacus' can't be used"),
     ],
 )

@@ -12,6 +12,7 @@ from gpt_ext.commands import Parser
 from gpt_ext.errors import UserError
 from gpt_ext.generation import Overflow, WeightFormat
 from gpt_ext.model import GPT
+from gpt_ext.options import check_seed
 from gpt_ext.tokenizer import Tokenizer
 
 
@@ -66,6 +67,7 @@ def write(
     if seed is None:
         generator.seed()
     else:
+        check_seed(seed)
         generator.manual_seed(seed)
     try:
         tokens = model.stream(
