@@ -24,10 +24,10 @@ from gpt_ext.ops import (
     linear,
     packed_causal_attention,
 )
+from gpt_ext.ops.attention import MAX_HEAD_DIM
 from gpt_ext.pretrained import Pretrained
 
 Activation = Literal["relu", "gelu", "gelu_tanh"]
-MAX_HEAD_SIZE = 256  # kMaxHeadDim of csrc/ops/attention.h
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class GPTConfig:
             raise ValueError(
                 f"num_heads must divide model_dim, got {self.num_heads} heads of {self.model_dim}"
             )
-        if self.model_dim // self.num_heads > MAX_HEAD_SIZE:
+        if self.model_dim // self.num_heads > MAX_HEAD_DIM:
             raise ValueError(
-                f"model_dim / num_heads must be at most {MAX_HEAD_SIZE}, "
+                f"model_dim / num_heads must be at most {MAX_HEAD_DIM}, "
                 f"got {self.model_dim} / {self.num_heads}"
             )
         if not (isinstance(self.dropout, (int, float)) and 0 <= self.dropout <= 1):

@@ -15,7 +15,7 @@ from torch import Tensor
 from gpt_ext.ops import _functional
 from gpt_ext.ops.philox import attention_keep_mask
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 256  # kMaxHeadDim of csrc/ops/attention.h
 
 _FORWARD = torch.ops.gpt_ext.attention_forward.default
 _BACKWARD = torch.ops.gpt_ext.attention_backward.default
