@@ -20,17 +20,18 @@ GPT_EXT_INLINE Vec<T> polynomial(Vec<T> x, const T (&c)[kTerms]) {  // c[0] + c[
   return y;
 }
 
-// 2^x for x <= 127, below 1 ulp; exactly 0 for x < -125, so that a masked score (-inf) weighs
-// nothing. 2^x = 2^n 2^f with n the integer nearest x and f in [-1/2, 1/2].
+// 2^x for x <= 127, to 1.2 ulp, with fused multiply-adds below 1; exactly 0 for x < -125, so that
+// a masked score (-inf) weighs nothing. 2^x = 2^n 2^f with n the integer nearest x and f in [-1/2,
+// 1/2].
 GPT_EXT_INLINE Vec<float> exp2(Vec<float> x) {
   constexpr float kCoefficients[] = {1.0f,           0.693147206f,   0.240226469f,   0.0555032878f,
                                      0.00961848897f, 0.00133999312f, 0.000153458075f};
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves n in the lowest bits
+  // 1.5 * 2^23 + 127: adding it leaves n + 127, the exponent's bits of 2^n, in the lowest bits.
+  constexpr float kRound = 12583039.0f;
   const Vec<float> shifted = x + kRound;
   const Vec<float> f = x - (shifted - kRound);
-  const Vec<float> power = polynomial(f, kCoefficients);
-  const Vec<float> result = (Vec<float>)((Vec<int32_t>)power + ((Vec<int32_t>)shifted << 23));
-  return x < -125.0f ? Vec<float>{} : result;
+  const Vec<float> power = (Vec<float>)((Vec<int32_t>)shifted << 23);
+  return x < -125.0f ? Vec<float>{} : polynomial(f, kCoefficients) * power;  // NaN, of any bits
 }
 
 // P(Z > a) of a standard normal Z, for a >= 0, to 4e-8. Its log2 is a polynomial, which was fitted

@@ -6,6 +6,7 @@
 #include "check.h"
 #include "cpu/isa.h"
 #include "decode_case.h"
+#include "every_level.h"
 #include "ffn_case.h"
 #include "linear_case.h"
 #include "ops/embedding.h"
@@ -15,19 +16,6 @@ namespace {
 
 constexpr DType kDTypes[] = {DType::kFloat64, DType::kFloat32, DType::kBFloat16};
 constexpr Activation kActivations[] = {Activation::kRelu, Activation::kGelu, Activation::kGeluTanh};
-
-template <class F>
-void at_every_level(F&& f) {
-  const std::string before = cpu::simd_level();
-  for (const std::string& level : cpu::supported_simd_levels()) {
-    cpu::set_simd_level(level);
-    CHECK(cpu::simd_level() == level);
-    const int failures = check::failures;
-    f();
-    CHECK(check::failures == failures, "at level ", level);
-  }
-  cpu::set_simd_level(before);
-}
 
 TEST(attention_at_every_level) {
   at_every_level([] {

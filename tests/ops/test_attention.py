@@ -74,6 +74,18 @@ def test_large_scores_do_not_overflow(backend: str) -> None:
     assert_right((q * 100, k * 100, v))
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, -1], ids=hex)
+def test_nan_of_any_bits_is_not_lost(bits: int, backend: str) -> None:
+    q, k, v = (t.contiguous().requires_grad_() for t in packed(1, 6, 1, 8, backend))
+    with torch.no_grad():
+        k[0, 2, 0, 0] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    out = causal_attention(q, k, v)
+    (dq,) = torch.autograd.grad(out.sum(), q)
+    assert out[0, :2].isfinite().all(), "of what comes before the NaN"
+    assert out[0, 2:].isnan().all()
+    assert dq[0, 2:].isnan().all()
+
+
 def test_lse(backend: str) -> None:
     q, k, v = packed(2, 70, 3, 42, backend, torch.float64)
     _, lse = RAW_FORWARD(q, k, v, 0.2, 0.0, None, False)
