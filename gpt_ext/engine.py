@@ -11,7 +11,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -90,6 +90,8 @@ def interruptibly(work: Callable[[], Tensor]) -> Tensor:
             result.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
+    while not result.done():  # again and again: a signal just before a wait does not end it
+        wait([result], CALL_SECONDS)
     return result.result()
 
 
