@@ -4,8 +4,8 @@
 //   dy  = dz W1                    from which the norm's backward makes dx, the residual's included
 //   dW1 = dz^T y,   db1 = column sums of dz
 //   dW2 = g^T a,    db2 = column sums of g
-// For the GELUs a is recomputed from z where the product for dW2 reads it. dW2 is computed as the
-// transpose of a^T g: so both weight gradients pack the narrow matrix (N, d), not the wide one.
+// For the GELUs a is computed anew from z, together with act'(z). dW2 is computed as the transpose
+// of a^T g: so both weight gradients pack the narrow matrix (N, d), not the wide one.
 
 #ifndef GPT_EXT_SIMD_LEVEL
 
@@ -24,22 +24,24 @@ void ffn_backward(Cpu, const FfnBackward& p) { GPT_EXT_CALL_LEVEL(ffn_backward, 
 
 namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
-// Epilogue: dz (N, h) = c * act'(z).
+// Epilogue: dz (N, h) = c * act'(z), and a (N, h) = act(z) unless a is null.
 template <Activation kActivation, class Sum, class Product>
-auto times_slope(Product* dz, const Product* saved, int64_t h) {
+auto times_slope(Product* dz, Product* a, const Product* saved, int64_t h) {
   const auto epilogue = [=](int64_t i, int64_t j0, int64_t rows, int64_t n, const Sum* da) {
     for_tile<Sum>(rows, n, da, [&](int64_t r, int64_t c, Vec<Sum> x, auto part) {
       const int64_t at = (i + r) * h + j0 + c;
-      store(dz + at, x * activation_derivative<kActivation, Sum>(load(saved + at, part)), part);
+      const auto act = value_and_slope<kActivation, Sum>(load(saved + at, part));
+      store(dz + at, x * act.slope, part);
+      if (a) store(a + at, act.value, part);
     });
   };
   return touching(epilogue, touched(dz, h), touched(saved, h));
 }
 
-// dW2 (d, h) = g^T a, or what it holds plus that, for so many rows of g and of what was saved; row
-// j of a^T g is column j of dW2.
+// dW2 (d, h) = g^T a, or what it holds plus that, for so many rows of g and a; row j of a^T g is
+// column j of dW2.
 template <class Stream, class Product, class G>
-void second_weight_gradient(const FfnBackward& p, int64_t rows, const G* g, const Product* saved,
+void second_weight_gradient(const FfnBackward& p, int64_t rows, const G* g, const Product* a,
                             typename Arithmetic<Product>::Operand* memory, bool add) {
   using E = Arithmetic<Product>;
   using Sum = typename E::Sum;
@@ -61,16 +63,7 @@ void second_weight_gradient(const FfnBackward& p, int64_t rows, const G* g, cons
         }
       }
   };
-  dispatch_activation(p.problem.activation, [&](auto activation) {
-    constexpr Activation kActivation = activation();
-    const Matrix<Product> a{saved, 1, h};
-    if constexpr (kActivation == Activation::kRelu) {
-      gemm(h, rows, a, b, transposed);
-    } else {
-      gemm(h, rows, a, b, transposed,
-           [](Vec<Sum> s, int64_t, int64_t, auto) { return activate<kActivation, Sum>(s); });
-    }
-  });
+  gemm(h, rows, Matrix<Product>{a, 1, h}, b, transposed);
 }
 
 // Rows at a time, whole units: what is read and made of them, 20 MB in float32 at the seed's size,
@@ -96,9 +89,11 @@ void ffn_gradients(const FfnBackward& p, const Map& map) {
   const auto* saved = static_cast<const Product*>(p.saved);  // (N, h)
   const int64_t most = rows_at_a_time<Stream, Sum>(rows);
   const bool reads_once = weights_are_larger(rows, h);
-  const bool needs_dz = p.dx || p.dnorm_weight || p.dnorm_bias || p.dw1 || p.db1;
+  const bool needs_a = p.dw2 && p.problem.activation != Activation::kRelu;
+  const bool needs_dz = p.dx || p.dnorm_weight || p.dnorm_bias || p.dw1 || p.db1 || needs_a;
 
   Buffer<Product> dz(static_cast<size_t>(most * h));
+  Buffer<Product> a(needs_a ? static_cast<size_t>(most * h) : 0);
   Buffer<typename E::Operand> packed_rows(Panels<E>::size(most, d));
   Buffer<typename E::Operand> packed_w2(needs_dz && !reads_once ? Panels<E>::size(d, h) : 0);
   Panels<E> w2_panels{};
@@ -108,12 +103,12 @@ void ffn_gradients(const FfnBackward& p, const Map& map) {
 
   const auto make_dz_and_dx = [&]<class G>(int64_t first, int64_t count, const G* g) {
     const auto run = [&](const Epilogue<E>& to_dz) {
-      const Matrix<G> a{g, d, 1};
+      const Matrix<G> da{g, d, 1};
       if (reads_once) {
-        gemm_reading_once<E>(count, d, a, Matrix<Stream>{w2, h, 1}, h, to_dz);
+        gemm_reading_once<E>(count, d, da, Matrix<Stream>{w2, h, 1}, h, to_dz);
         return dx.compute(first, count, dz.get());
       }
-      const auto tiles = tiles_of<E>(a, d, Unchanged{});
+      const auto tiles = tiles_of<E>(da, d, Unchanged{});
       const auto scratch = [&](std::byte* memory) {
         return BlockScratch<E>(memory, kBlockRows, h, steps_of_depth<E>(d));
       };
@@ -123,7 +118,8 @@ void ffn_gradients(const FfnBackward& p, const Map& map) {
                  });
     };
     dispatch_activation(p.problem.activation, [&](auto activation) {
-      run(times_slope<activation(), Sum>(dz.get(), saved + first * h, h));
+      run(times_slope<activation(), Sum>(dz.get(), needs_a ? a.get() : nullptr, saved + first * h,
+                                         h));
     });
   };
   int64_t first = 0;
@@ -136,7 +132,8 @@ void ffn_gradients(const FfnBackward& p, const Map& map) {
         weight_gradient<E>(dz.get(), h, x + first * d, d, count, static_cast<Stream*>(p.dw1),
                            packed_rows.get(), map.from(first), add);
       if (p.dw2)
-        second_weight_gradient<Stream>(p, count, g, saved + first * h, packed_rows.get(), add);
+        second_weight_gradient<Stream>(p, count, g, needs_a ? a.get() : saved + first * h,
+                                       packed_rows.get(), add);
       if (p.db1) column_sums(dz.get(), count, h, static_cast<Stream*>(p.db1), add);
       if (p.db2) column_sums(g, count, d, static_cast<Stream*>(p.db2), add);
     });

@@ -94,19 +94,26 @@ GPT_EXT_INLINE Vec<T> activate(Vec<T> z) {
   }
 }
 
-// act'(z), from what forward saved: act(z) for ReLU, z for the GELUs.
+template <class T>
+struct ValueAndSlope {
+  Vec<T> value, slope;
+};
+
+// act(z) and act'(z), from what forward saved: act(z) for ReLU, z for the GELUs.
 template <Activation activation, class T>
-GPT_EXT_INLINE Vec<T> activation_derivative(Vec<T> saved) {
+GPT_EXT_INLINE ValueAndSlope<T> value_and_slope(Vec<T> saved) {
   if constexpr (activation == Activation::kRelu) {
-    return saved <= T(0) ? Vec<T>{} : Vec<T>{} + T(1);
+    return {saved, saved <= T(0) ? Vec<T>{} : Vec<T>{} + T(1)};
   } else if constexpr (activation == Activation::kGelu) {
     const Vec<T> a = saved < T(0) ? -saved : saved, tail = normal_tail(a);
-    return (saved < T(0) ? tail : T(1) - tail) + saved * normal_density(a, tail);
+    const Vec<T> below = saved < T(0) ? tail : T(1) - tail;  // P(Z < z)
+    return {saved * below, below + saved * normal_density(a, tail)};
   } else {
     const Vec<T> square = saved * saved;
     const Vec<T> t = tanh(T(kSqrt2OverPi) * (saved + T(kGeluTanhCubic) * square * saved));
     const Vec<T> du = T(kSqrt2OverPi) * (T(1) + T(3 * kGeluTanhCubic) * square);
-    return T(0.5) * (T(1) + t) + T(0.5) * saved * (T(1) - t * t) * du;
+    const Vec<T> half = T(0.5) * (T(1) + t);
+    return {saved * half, half + T(0.5) * saved * (T(1) - t * t) * du};
   }
 }
 
