@@ -14,6 +14,7 @@ also take part with the step in a CUDA graph.
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 from collections.abc import Callable
@@ -184,6 +185,7 @@ def prepared_steps(name: str, case: Case, dtype: str, threads: int) -> Callable[
 
 def measure(case: Case, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     torch.compiler.reset()
+    gc.collect()  # contestants refer to themselves: gigabytes of GPT-2's would pile up
     data = case.tokens(options.device)
     entered = contestants(case, dtype, options)
     on_cpu = options.device == "cpu"

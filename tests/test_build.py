@@ -63,6 +63,11 @@ def test_a_missing_native_module_is_told_in_one_sentence() -> None:
     assert last.endswith("compile it for this Python and torch: pip install . in the source folder")
 
 
+def test_import_leaves_the_compiler_alone() -> None:
+    answer = run("import sys, gpt_ext; print('torch._dynamo' in sys.modules)")
+    assert answer.stdout.strip() == "False", answer.stderr  # it takes a second to load
+
+
 def test_import_needs_torch_only() -> None:
     code = """
 import sys

@@ -64,10 +64,14 @@ def wanted_only(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Te
     return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))
 
 
-@torch.compiler.assume_constant_result  # in a compiled graph: all of them are guarded by it
 def allow_tf32() -> bool:
     """Whether torch takes products of float32 on CUDA in tf32: by its setting at the time."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# A constant of a compiled graph, as all of them are guarded by the setting. It is what
+# torch.compiler.assume_constant_result does, which would load the compiler with us: a second.
+allow_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
