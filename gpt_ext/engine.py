@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from gpt_ext.model import GPT, GPTConfig
 
 # Work of one native call, after which Python sees signals and other threads: 2.5e9 operations are
-# some 20 ms on two cores with AVX2, and one token is never less.
+# some 20 ms on two cores with AVX2. A token is never less, and is drawn in a thread if it is more.
 CALL_FLOPS = 2.5e9
 CALL_SECONDS = 0.02
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,12 @@ def engine_for(model: GPT, form: decode.WeightFormat) -> Engine:
     return engine
 
 
-def interruptibly(work: Callable[[], Tensor]) -> Tensor:
+def interruptibly(work: Callable[[], Result]) -> Result:
     """work(), in a thread of its own: the one that waits for it sees Ctrl-C, as native code can't.
 
-    A large model is packed for a second.
+    A large model is packed for a second, and takes a tenth of one for a token of each row.
     """
-    result: Future[Tensor] = Future()
+    result: Future[Result] = Future()
 
     def run() -> None:
         try:
@@ -241,14 +243,25 @@ class Slots:
         room = min(self.window + 1 - len(self.texts[slot]) for slot in self.going)
         steps = min(self.pace, most, room)
         penalty, temperature, top_k, top_p = self.sampling.unbind(1)
-        drawn, self.logits = decode.generate(
-            self.engine.packed, self.cache, self._prefill(), len(self.going), steps,
+        rows = self._prefill()
+        draw = partial(
+            decode.generate,
+            self.engine.packed, self.cache, rows, len(self.going), steps,
             repetition_penalty=penalty, temperature=temperature, top_k=top_k, top_p=top_p,
             seen=self.seen, noise=self._noise(steps), stop=self.stop_ids,
         )  # fmt: skip
+        drawn, self.logits = draw() if self._is_short(rows) else interruptibly(draw)
         token_seconds = (time.perf_counter() - start) / steps
         self.pace = max(1, min(8 * steps, int(CALL_SECONDS / token_seconds)))
         return self._keep(drawn)
+
+    def _row_flops(self) -> int:
+        """Of a row in a block."""
+        return 24 * self.engine.config.model_dim**2
+
+    def _is_short(self, rows: Tensor) -> bool:
+        """Whether rows (3, R) are few enough for one call."""
+        return rows.shape[1] * self._row_flops() * self.engine.config.num_blocks <= CALL_FLOPS
 
     def _prefill(self) -> Tensor:
         """The rows (3, R) to go on from, once there are few enough of them for one call."""
@@ -263,10 +276,9 @@ class Slots:
         sequence.extend(self.going)
         position.extend(len(self.texts[b]) - 1 for b in self.going)
         rows = torch.frombuffer(token + sequence + position, dtype=torch.int64).view(3, -1)
-        flops = 24 * self.engine.config.model_dim**2  # of a row in a block
-        blocks = self.engine.config.num_blocks
-        if rows.shape[1] * flops * blocks <= CALL_FLOPS:
+        if self._is_short(rows):
             return rows
+        flops, blocks = self._row_flops(), self.engine.config.num_blocks
         early, final = rows.split([rows.shape[1] - finals, finals], dim=1)
         parts = [part.contiguous() for part in early.split(max(16, int(CALL_FLOPS / flops)), dim=1)]
         width = decode.aligned(self.engine.config.model_dim)

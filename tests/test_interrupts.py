@@ -12,32 +12,34 @@ from typing import Any
 import pytest
 import torch
 
-from gpt_ext import GPT
+from gpt_ext import GPT, engine
 from gpt_ext.ops import decode
 
 
-def test_ctrl_c_is_seen_while_weights_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["pack", "generate"])
+def test_ctrl_c_is_seen_during_a_long_call(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     model = GPT(5, 8, 8, 1, 1)
-    pack, packing, packed = decode.pack, threading.Event(), threading.Event()
+    op, begun, ended = getattr(decode, name), threading.Event(), threading.Event()
 
-    def slow_pack(*arguments: Any) -> torch.Tensor:
-        packing.set()
+    def slow_op(*arguments: Any, **options: Any) -> Any:
+        begun.set()
         try:
-            hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000)  # native, as packing is
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000)  # native, as the op is
+            return op(*arguments, **options)
         finally:
-            packed.set()
-        return pack(*arguments)
+            ended.set()
 
     def interrupt() -> None:
-        packing.wait()
+        begun.wait()
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
-    monkeypatch.setattr(decode, "pack", slow_pack)
+    monkeypatch.setattr(decode, name, slow_op)
+    monkeypatch.setattr(engine, "CALL_FLOPS", 24 * 8**2)  # of two rows' tokens it is more
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
-        model.generate(torch.zeros(1, 1, dtype=torch.int64), 3)
-    assert not packed.is_set()
-    packed.wait()
+        model.generate(torch.zeros(2, 1, dtype=torch.int64), 3)
+    assert not ended.is_set()
+    ended.wait()
 
 
 def test_an_error_in_packing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
