@@ -42,6 +42,16 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
+def is_known_to_be_one(x: Tensor) -> bool:
+    """Whether a single number is 1, if that can be told at once: by no GPU, compiler or transform.
+
+    It is what a loss's backward() begins with.
+    """
+    if type(x) is not Tensor or not x.is_cpu or transforms_active():
+        return False
+    return not torch.compiler.is_compiling() and x.item() == 1
+
+
 def differentiate(
     plain: Callable[..., Tensor], arguments: Sequence[Any], wanted: Sequence[bool], dout: Tensor
 ) -> tuple[Tensor | None, ...]:

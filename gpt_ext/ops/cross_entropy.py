@@ -77,8 +77,10 @@ class _CrossEntropy(torch.autograd.Function):
             wanted = ctx.needs_input_grad[:-1]
             return *_functional.differentiate(_plain_cross_entropy, arguments, wanted, dloss), None
         wanted = ctx.needs_input_grad[:5]
+        if not _functional.is_known_to_be_one(dloss):
+            dlogits = dlogits * dloss
         grads = _BACKWARD(
-            dlogits * dloss, x, w, norm_weight, norm_bias, statistics, False, 0.0, None,
+            dlogits, x, w, norm_weight, norm_bias, statistics, False, 0.0, None,
             product, allow_tf32, wanted,
         )  # fmt: skip
         return *_functional.wanted_only(grads, wanted), None, None, None, None, None
@@ -96,9 +98,10 @@ def cross_entropy(
     """Mean over rows of the cross-entropy of targets under softmax(norm(x) weight^T + bias).
 
     torch.nn.functional.cross_entropy of the logits, which forward turns into their gradient where
-    they lie: that is all backward needs, and the only array of their size. Backward is
-    deterministic, bit for bit. Under torch.func transforms, forward-mode AD and in double backward,
-    plain PyTorch with the same result takes its place.
+    they lie: that is all backward needs, and the only array of their size, but for a loss that was
+    scaled, or is on CUDA: of such backward makes another. It is deterministic, bit for bit. Under
+    torch.func transforms, forward-mode AD and in double backward, plain PyTorch with the same
+    result takes its place.
 
     Args:
         x: (..., d), at least one dim.

@@ -10,6 +10,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from compare import MODES, assert_as_good_as_torch, autocast_of
+from memory import peak_growth
 from torch import Tensor
 
 from gpt_ext.ops import Norm, cross_entropy
@@ -185,6 +186,15 @@ def test_backward_may_run_twice(backend: str) -> None:
     loss = ours(targets, *leaves)
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
     assert all(map(torch.equal, first, torch.autograd.grad(loss, leaves)))
+
+
+def test_the_logits_gradient_is_the_only_array_of_its_size() -> None:
+    rows, vocabulary = 1024, 20_000  # 82 MB
+    inputs, targets = make((rows,), 4, vocabulary, "cpu")
+    leaves = [x.requires_grad_() for x in inputs]
+    ours(targets, *leaves).backward()  # the kernels' own memory is there
+    loss = ours(targets, *leaves)
+    assert peak_growth(loss.backward) < 20e6
 
 
 def test_without_a_gradient_the_loss_is_the_same(backend: str) -> None:
