@@ -43,13 +43,16 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def is_known_to_be_one(x: Tensor) -> bool:
-    """Whether a single number is 1, if that can be told at once: by no GPU, compiler or transform.
+    """Whether a single number is 1, which a loss's backward() begins with, if it is told at once.
 
-    It is what a loss's backward() begins with.
+    It isn't of one on a GPU, in a compiled graph, of a batch of numbers, or of a fake one.
     """
-    if type(x) is not Tensor or not x.is_cpu or transforms_active():
+    if not x.is_cpu or torch.compiler.is_compiling():
         return False
-    return not torch.compiler.is_compiling() and x.item() == 1
+    try:
+        return bool(x.item() == 1)
+    except RuntimeError:
+        return False
 
 
 def differentiate(
