@@ -19,6 +19,7 @@ from models import CHARS, build
 from torch import Tensor
 
 from gpt_ext.demo import standard_library_text
+from gpt_ext.tokenizer import CharTokenizer
 
 STEPS, WINDOW, BATCH, LEARNING_RATE = 1000, 100, 12, 1e-3
 COLUMNS = ["steps", "float32, nats", "noise", "bfloat16 less float32", "the farthest of a round"]
@@ -49,11 +50,11 @@ def main() -> None:
     if options.rounds < 2:
         parser.error(f"--rounds is {options.rounds}, expected 2 or more: noise is between rounds")
     text = standard_library_text()
-    vocabulary = {c: i for i, c in enumerate(sorted(set(text)))}
-    tokens = torch.tensor([vocabulary[c] for c in text])
+    tokenizer = CharTokenizer.from_text(text)
+    tokens = tokenizer.encode(text)
     report = Report("bench_precision", options)
     runs = [
-        [losses(tokens, len(vocabulary), seed, autocast) for autocast in (False, True)]
+        [losses(tokens, len(tokenizer), seed, autocast) for autocast in (False, True)]
         for seed in range(options.rounds)
     ]
     rows = []
