@@ -45,7 +45,7 @@ using AddUp = float (*)(const float*, int64_t);
 AddUp widest_add_up() {
 #if defined(__x86_64__)
   const std::string level = cpu::supported_simd_levels().back();
-  if (level.starts_with("avx512")) return add_up_avx512;
+  if (level.starts_with("avx512") || level == "amx") return add_up_avx512;
   if (level == "avx2") return add_up_avx2;
 #endif
   return add_up<16>;

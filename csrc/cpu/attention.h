@@ -1,16 +1,19 @@
 // What attention's forward and backward share on CPUs. Included once a level by level.h.
 //
-// Scores are taken a block at a time, queries [row, row + 144) against keys [key, key + 144).
-// Below, `ahead` = row - key is 0 for a block on the diagonal, at least 144 for others: query i of
-// the block sees its key j where j <= i + ahead.
+// Scores are taken a block at a time, queries [row, row + kBlock) against keys [key, key + kBlock).
+// Below, `ahead` = row - key is 0 for a block on the diagonal, at least kBlock for others: query i
+// of the block sees its key j where j <= i + ahead.
 
 namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
 // Queries, or keys, a block. Whole tiles, so that no tile straddles the edge of a block; and a row
 // of 144 float32 is 9 cache lines, an odd number, so that a column spreads over all sets of L1.
-constexpr int64_t kBlock = 144;
-static_assert(kBlock % kTileRows == 0 && kBlock % kLanes<float> == 0);
-static_assert(kBlock % 4 == 0);  // so that a block of keys begins at a block of Philox
+// Of matrix tiles, whole ones, 128 at the least, which the seed's context takes.
+template <class E>
+constexpr int64_t kBlock = E::kStepUnit > 1 ? 128 : 144;
+static_assert(kBlock<Elements<float>> % kTileRows == 0 &&
+              kBlock<Bf16Products> % Bf16Products::kRows == 0);
+static_assert(kBlock<Elements<float>> % 4 == 0);  // so that keys begin at a block of Philox
 
 // Elements a row of what is copied for the products: an odd number of cache lines, too.
 template <class Sum>
@@ -44,7 +47,7 @@ void copy_rows(Matrix<Storage> x, int64_t rows, int64_t dim, typename E::Operand
   for (int64_t i = 0; i < rows; ++i) {
     Operand* row = out + i * row_stride<Operand>(steps);
     if constexpr (kIsPairs<E, Storage>) {
-      row[steps - 1] = 0;  // the second half of the last step, where dim is odd
+      std::fill(row + dim / 2, row + steps, 0);  // what lies beyond dim
       std::memcpy(row, x.data + i * x.row, dim * sizeof(Storage));
     } else {
       for_columns<Operand>(
@@ -61,11 +64,19 @@ void join_rows(Matrix<Storage> x, int64_t rows, int64_t dim, typename E::Operand
                row_stride<typename E::Operand>(dim), Unchanged{});
 }
 
-// Transposed, to the columns of out (steps of dim, kBlock), padded with zeros to whole vectors.
+// Transposed, to the columns of out (steps of dim, kBlock), padded with zeros to whole vectors, or
+// matrix tiles.
 template <class E, class Storage>
 void transpose_rows(Matrix<Storage> x, int64_t rows, int64_t dim, typename E::Operand* out) {
-  transpose_columns<E>(Matrix<Storage>{x.data, 1, x.row}, dim, 0, steps_of_depth<E>(dim), 0, rows,
-                       out, kBlock, Unchanged{});
+  const int64_t steps = steps_of_depth<E>(dim);
+  transpose_columns<E>(Matrix<Storage>{x.data, 1, x.row}, dim, 0, steps, 0, rows, out, kBlock<E>,
+                       Unchanged{});
+  if constexpr (E::kStepUnit > 1) {
+    const int64_t whole = round_up<typename E::Sum>(rows);
+    const int64_t end = (rows + E::kColumns - 1) / E::kColumns * E::kColumns;
+    for (int64_t s = 0; s < steps; ++s)
+      std::fill(out + s * kBlock<E> + whole, out + s * kBlock<E> + end, 0);
+  }
 }
 
 // Row x (dim), times factor, to a tensor's row.
@@ -129,9 +140,10 @@ class Prefetch {
 };
 
 // What of a product matters to a tile: a range of the sum, and columns before `end`.
+constexpr int64_t kAllColumns = std::numeric_limits<int64_t>::max();
 struct TileSteps {
   Range sum;
-  int64_t end = std::numeric_limits<int64_t>::max();
+  int64_t end = kAllColumns;
 };
 
 // The sum over dim, for the scores of queries [., i_end): of keys in the future, none.
@@ -157,6 +169,61 @@ struct QuerySteps {
 };
 static_assert(kTileRows % 2 == 0);  // so that a tile's first query begins a pair
 
+// Elements of a sum over so many, with the zeros that its steps take besides, in whole vectors.
+template <class E>
+int64_t padded_depth(int64_t depth) {
+  return round_up<typename E::Sum>(steps_of_depth<E>(depth) * E::kDepth);
+}
+
+#if GPT_EXT_MATRIX_TILES
+// What multiply_tiles below does, by matrix tiles. All that its last step reads beyond a sum is to
+// be zeros, on one side, and finite numbers on the other.
+template <class StepsOf, class Epilogue>
+__attribute__((noinline)) void multiply_by_matrix_tiles(int64_t rows, int64_t columns,
+                                                        Matrix<uint32_t> a, const uint32_t* b,
+                                                        int64_t b_row, const StepsOf& steps_of,
+                                                        Prefetch& prefetch,
+                                                        const Epilogue& epilogue) {
+  using E = Bf16Tiles;
+  constexpr int64_t kUnit = E::kStepUnit;
+  alignas(64) float c[E::kRows * E::kColumns];
+  alignas(64) uint32_t strip[E::kRows * kBlock<E> / E::kDepth];
+  for (int64_t i = 0; i < rows; i += E::kRows) {
+    const int64_t tile_rows = std::min(E::kRows, rows - i);
+    const TileSteps steps = steps_of(i, i + tile_rows);
+    const int64_t end = std::min(columns, steps.end);
+    const int64_t k = steps.sum.begin / (E::kDepth * kUnit) * kUnit;
+    const int64_t count = steps_of_depth<E>(steps.sum.end) - k;
+    if (count <= 0) continue;
+    Matrix<uint32_t> tile{a.data + i * a.row + k * a.column, a.row, kUnit};
+    if (a.column != 1) {  // its rows' steps are to lie side by side
+      for (int64_t s = 0; s < count; s += kUnit)
+        for (int64_t r = 0; r < tile_rows; r += kUnit) {
+          Vec<uint32_t> square[kUnit];
+#pragma GCC unroll 16
+          for (int64_t t = 0; t < kUnit; ++t)
+            std::memcpy(&square[t], tile.data + (s + t) * a.column + r, sizeof square[t]);
+          transpose<uint32_t>(square);
+#pragma GCC unroll 16
+          for (int64_t t = 0; t < kUnit; ++t)
+            store(strip + s * E::kRows + (r + t) * kUnit, square[t]);
+        }
+      tile = {strip, kUnit, E::kRows * kUnit};
+    }
+    for (int64_t j = 0; j < end; j += E::kColumns) {
+      prefetch.a_few_rows();
+      // Scores of a whole tile, whose probabilities are summed over; else no more than there are.
+      const int64_t width = steps.end == kAllColumns ? std::min(E::kColumns, end - j) : E::kColumns;
+      multiply_matrix_tiles(tile_rows, width, count, tile, b + k * b_row + j, b_row, nullptr, 0, c,
+                            E::kColumns);
+      for (int64_t r = 0; r < tile_rows; ++r)
+        for (int64_t v = 0; v < width; v += kLanes<float>)
+          epilogue(i + r, j + v, load(c + r * E::kColumns + v));
+    }
+  }
+}
+#endif
+
 // a (rows, .) times b (., columns), tile by tile: epilogue(i, j, x) gets the vector from column j
 // on of row i. Rows of b are b_row apart and padded to whole vectors. steps_of(i, i_end) is what
 // matters to the tile of rows [i, i_end).
@@ -167,6 +234,10 @@ __attribute__((noinline)) void multiply_tiles(int64_t rows, int64_t columns,
                                               const StepsOf& steps_of, Prefetch& prefetch,
                                               const Epilogue& epilogue) {
   using Sum = typename E::Sum;
+#if GPT_EXT_MATRIX_TILES
+  if constexpr (E::kStepUnit > 1)
+    return multiply_by_matrix_tiles(rows, columns, a, b, b_row, steps_of, prefetch, epilogue);
+#endif
   for (int64_t j = 0; j < columns; j += kTileColumns<Sum>) {
     for (int64_t i = 0; i < rows; i += kTileRows) {
       const int64_t tile_rows = std::min<int64_t>(kTileRows, rows - i);

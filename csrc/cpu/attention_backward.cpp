@@ -38,13 +38,19 @@ struct QuerySums {
 
   // Elements of keys [j, j + a vector's) of query i; of a pair of queries, the first one first.
   GPT_EXT_INLINE void put(int64_t i, int64_t j, Vec<Sum> x) const {
-    Operand* out = data + i / E::kDepth * kBlock + j;
+    Operand* out = data + i / E::kDepth * kBlock<E> + j;
     if constexpr (E::kDepth == 1)
       store(out, x);
     else
       E::put_half(out, i % 2, x);
   }
-  Matrix<Operand> matrix() const { return {data, 1, kBlock}; }
+  // Zeros for the queries beyond, which a product's last steps read.
+  void end(int64_t rows) const {
+    constexpr int64_t kDepth = E::kDepth;
+    std::fill(data + (rows + kDepth - 1) / kDepth * kBlock<E>,
+              data + steps_of_depth<E>(rows) * kBlock<E>, Operand(0));
+  }
+  Matrix<Operand> matrix() const { return {data, 1, kBlock<E>}; }
 };
 
 // What a task computes from the blocks with these queries and keys. Both ranges begin at a block.
@@ -67,30 +73,33 @@ struct BackwardScratch {
   size_t bytes;
 
   BackwardScratch(std::byte* memory, const AttentionProblem& problem) {
-    const int64_t time = problem.time, dim = problem.dim, steps = steps_of_depth<E>(dim);
+    const int64_t dim = problem.dim, steps = steps_of_depth<E>(dim);
+    // Matrix tiles are read whole.
+    const int64_t time = (problem.time + E::kRows - 1) / E::kRows * E::kRows;
     const int64_t left = row_stride<Operand>(steps), right = row_stride<Operand>(dim);
     const int64_t row = row_stride<Sum>(dim);
     Carver carver(memory);
-    q = carver.take<Operand>(time * left);       // (queries of the part, D)
-    dout = carver.take<Operand>(time * left);    // (queries of the part, D)
-    dq = carver.take<Sum>(time * row);           // (queries of the part, D), not yet times scale
-    delta = carver.take<Sum>(time);              // (queries of the part)
-    k = carver.take<Operand>(kBlock * right);    // (keys, D)
-    k_t = carver.take<Operand>(steps * kBlock);  // (D, keys)
-    v_t = carver.take<Operand>(steps * kBlock);  // (D, keys)
-    dk = carver.take<Sum>(kBlock * row);         // (keys, D), not yet times scale
-    dv = carver.take<Sum>(kBlock * row);         // (keys, D)
-    p = carver.take<Sum>(kBlock * kBlock);       // (queries, keys)
-    ds = carver.take<Operand>(kBlock * kBlock);  // (queries, keys)
-    dropout = carver.take<Sum>(problem.dropout_p > 0 ? kBlock * kBlock : 0);  // (queries, keys)
+    q = carver.take<Operand>(time * left);          // (queries of the part, D)
+    dout = carver.take<Operand>(time * left);       // (queries of the part, D)
+    dq = carver.take<Sum>(time * row);              // (queries of the part, D), not yet times scale
+    delta = carver.take<Sum>(time);                 // (queries of the part)
+    k = carver.take<Operand>(kBlock<E> * right);    // (keys, D)
+    k_t = carver.take<Operand>(steps * kBlock<E>);  // (D, keys)
+    v_t = carver.take<Operand>(steps * kBlock<E>);  // (D, keys)
+    dk = carver.take<Sum>(kBlock<E> * row);         // (keys, D), not yet times scale
+    dv = carver.take<Sum>(kBlock<E> * row);         // (keys, D)
+    p = carver.take<Sum>(kBlock<E> * kBlock<E>);    // (queries, keys)
+    ds = carver.take<Operand>(kBlock<E> * kBlock<E>);  // (queries, keys)
+    dropout =
+        carver.take<Sum>(problem.dropout_p > 0 ? kBlock<E> * kBlock<E> : 0);  // (queries, keys)
     // Elements one by one lie the same on either side.
     if constexpr (E::kDepth == 1) {
       q_right = q, dout_right = dout, p_t = {p}, ds_t = {ds};
     } else {
       q_right = carver.take<Operand>(steps_of_depth<E>(time) * right);
       dout_right = carver.take<Operand>(steps_of_depth<E>(time) * right);
-      p_t = {carver.take<Operand>(kBlock / 2 * kBlock)};
-      ds_t = {carver.take<Operand>(kBlock / 2 * kBlock)};
+      p_t = {carver.take<Operand>(kBlock<E> / 2 * kBlock<E>)};
+      ds_t = {carver.take<Operand>(kBlock<E> / 2 * kBlock<E>)};
     }
     bytes = carver.used();
   }
@@ -135,27 +144,29 @@ void backward_block(const AttentionProblem& problem, const BackwardScratch<E>& s
   const bool drops = problem.dropout_p > 0;
   if (drops)
     for (int64_t i = 0; i < rows; ++i)
-      attention_dropout_scales(problem, head, row + i, key, keys, s.dropout + i * kBlock);
+      attention_dropout_scales(problem, head, row + i, key, padded_depth<E>(keys),
+                               s.dropout + i * kBlock<E>);
 
   const ScoreSteps scores{dim, ahead};
   multiply_tiles<E>(
-      rows, keys, Matrix<Operand>{s.q + at * left, left, 1}, s.k_t, kBlock, scores,
+      rows, keys, Matrix<Operand>{s.q + at * left, left, 1}, s.k_t, kBlock<E>, scores,
       prefetch, [&](int64_t i, int64_t j, Vec<Sum> x) __attribute__((always_inline)) {
         const Vec<Sum> p = exp2(x * scale - lse[i] * Sum(kLog2E));
-        store(s.p + i * kBlock + j, keep_part<Sum>(p, i + ahead + 1 - j));
+        store(s.p + i * kBlock<E> + j, keep_part<Sum>(p, i + ahead + 1 - j));
       });
   multiply_tiles<E>(
-      rows, keys, Matrix<Operand>{s.dout + at * left, left, 1}, s.v_t, kBlock, scores,
+      rows, keys, Matrix<Operand>{s.dout + at * left, left, 1}, s.v_t, kBlock<E>, scores,
       prefetch, [&](int64_t i, int64_t j, Vec<Sum> dp) __attribute__((always_inline)) {
-        const Vec<Sum> p = load(s.p + i * kBlock + j);
-        const Vec<Sum> factor = drops ? load(s.dropout + i * kBlock + j) : broadcast(Sum(1));
+        const Vec<Sum> p = load(s.p + i * kBlock<E> + j);
+        const Vec<Sum> factor = drops ? load(s.dropout + i * kBlock<E> + j) : broadcast(Sum(1));
         const Vec<Sum> ds = p * (dp * factor - delta[i]);
         s.p_t.put(i, j, p * factor);
         s.ds_t.put(i, j, ds);
         if constexpr (E::kDepth > 1)
-          store(reinterpret_cast<Element<E>*>(s.ds + i * kBlock) + j, ds);
+          store(reinterpret_cast<Element<E>*>(s.ds + i * kBlock<E>) + j, ds);
       });
   if (part.dkv) {
+    for (const auto& x : {s.p_t, s.ds_t}) x.end(rows);
     const QuerySteps queries{rows, ahead};
     const bool first = row == key;
     multiply_tiles<E>(keys, dim, s.p_t.matrix(), s.dout_right + at / E::kDepth * right, right,
@@ -164,7 +175,7 @@ void backward_block(const AttentionProblem& problem, const BackwardScratch<E>& s
                       queries, prefetch, AddTo<Sum>{s.dk, stride, first});
   }
   if (part.dq)
-    multiply_tiles<E>(rows, dim, Matrix<Operand>{s.ds, kBlock, 1}, s.k, right,
+    multiply_tiles<E>(rows, dim, Matrix<Operand>{s.ds, kBlock<E>, 1}, s.k, right,
                       KeySteps{keys, ahead}, prefetch,
                       AddTo<Sum>{s.dq + at * stride, stride, key == 0});
 }
@@ -189,23 +200,24 @@ void attention_backward_part(const AttentionBackward& p, int64_t head, const Bac
   auto* dv = head_data<Storage>(p.dv, problem, head);
   const auto* lse = static_cast<const Sum*>(p.lse) + head * problem.time;
   const BackwardScratch<E> s(memory, problem);
+  [[maybe_unused]] const MatrixUnit<E> unit;
   const Sum scale = static_cast<Sum>(problem.scale);
 
   // What is needed after queries from `row` on have met keys from `key` on.
   const auto fetch_next = [&](int64_t row, int64_t key) {
     Prefetch prefetch;
     const auto add = [&](Matrix<Storage> x, int64_t t) {
-      prefetch.add(from_row(x, t), std::min(kBlock, problem.time - t), dim);
+      prefetch.add(from_row(x, t), std::min(kBlock<E>, problem.time - t), dim);
     };
     if (part.dq && row == key) add({dq, p.dq.time, 1}, row);
-    if (row + kBlock < end) {
+    if (row + kBlock<E> < end) {
       if (key == part.keys.begin)
-        for (const auto& x : {q, dout, out}) add(x, row + kBlock);
+        for (const auto& x : {q, dout, out}) add(x, row + kBlock<E>);
       return prefetch;
     }
     if (part.dkv) add({dk, p.dk.time, 1}, key), add({dv, p.dv.time, 1}, key);
-    if (key + kBlock < part.keys.end)
-      for (const auto& x : {k, v}) add(x, key + kBlock);
+    if (key + kBlock<E> < part.keys.end)
+      for (const auto& x : {k, v}) add(x, key + kBlock<E>);
     else if (part.dq && part.dkv && head + 1 < problem.batch * problem.heads)
       for (const ConstHeads& x : {p.k, p.v, p.q, p.dout, p.out})
         add(head_matrix<Storage>(x, problem, head + 1), 0);
@@ -215,13 +227,13 @@ void attention_backward_part(const AttentionBackward& p, int64_t head, const Bac
     copy_rows<E>(x, rows, dim, to_left);
     if (to_right != to_left) join_rows<E>(x, rows, dim, to_right);
   };
-  for (int64_t key = part.keys.begin; key < part.keys.end; key += kBlock) {
-    const int64_t keys = std::min(kBlock, part.keys.end - key);
+  for (int64_t key = part.keys.begin; key < part.keys.end; key += kBlock<E>) {
+    const int64_t keys = std::min(kBlock<E>, part.keys.end - key);
     join_rows<E>(from_row(k, key), keys, dim, s.k);
     transpose_rows<E>(from_row(k, key), keys, dim, s.k_t);
     transpose_rows<E>(from_row(v, key), keys, dim, s.v_t);
-    for (int64_t row = std::max(first, key); row < end; row += kBlock) {
-      const int64_t at = row - first, rows = std::min(kBlock, end - row);
+    for (int64_t row = std::max(first, key); row < end; row += kBlock<E>) {
+      const int64_t at = row - first, rows = std::min(kBlock<E>, end - row);
       if (key == part.keys.begin) {
         const int64_t to_left = at * left, to_right = at / E::kDepth * right;
         copy(from_row(q, row), rows, s.q + to_left, s.q_right + to_right);
@@ -242,9 +254,10 @@ void attention_backward_part(const AttentionBackward& p, int64_t head, const Bac
 
 template <class Storage>
 void attention_backward_typed(const AttentionBackward& p) {
+  using E = Arithmetic<Storage>;
   const int64_t heads = p.problem.batch * p.problem.heads, time = p.problem.time;
-  const int64_t blocks = (time + kBlock - 1) / kBlock;
-  const size_t bytes = BackwardScratch<Arithmetic<Storage>>(nullptr, p.problem).bytes;
+  const int64_t blocks = (time + kBlock<E> - 1) / kBlock<E>;
+  const size_t bytes = BackwardScratch<E>(nullptr, p.problem).bytes;
   const auto run = [&](int64_t head, const BackwardPart& part, std::byte* memory) {
     attention_backward_part<Storage>(p, head, part, memory);
   };
@@ -252,12 +265,15 @@ void attention_backward_typed(const AttentionBackward& p) {
   if (blocks > 1 && 7 * heads < 5 * max_threads()) {
     parallel_for(2 * heads * blocks, bytes, [&](int64_t task, std::byte* memory) {
       const int64_t head = task % heads, skipped = task / heads / 2;  // longest first
-      const int64_t key = skipped * kBlock, row = (blocks - 1 - skipped) * kBlock;
+      const int64_t key = skipped * kBlock<E>, row = (blocks - 1 - skipped) * kBlock<E>;
       if (task / heads % 2)
-        run(head, {{key, time}, {key, std::min(time, key + kBlock)}, false, true}, memory);
+        run(head, {{key, time}, {key, std::min(time, key + kBlock<E>)}, false, true}, memory);
       else
         run(head,
-            {{row, std::min(time, row + kBlock)}, {0, std::min(time, row + kBlock)}, true, false},
+            {{row, std::min(time, row + kBlock<E>)},
+             {0, std::min(time, row + kBlock<E>)},
+             true,
+             false},
             memory);
     });
   } else {

@@ -112,10 +112,10 @@ __attribute__((noinline)) void multiply_panel(int64_t i0, int64_t rows, int64_t 
   using Sum = typename E::Sum;
   constexpr int64_t kRun = 512;  // steps summed in one go: longer sums of float32 lose digits
   const int64_t run = equal_part(steps, kRun);
-  alignas(64) Sum done[kTileRows * kTileColumns<Sum>];
-  for (int64_t i = 0; i < rows; i += kTileRows) {
-    const int64_t tile_rows = std::min<int64_t>(kTileRows, rows - i);
-    const auto* tile = a.data + i / kTileRows * a.tile;
+  alignas(64) Sum done[E::kRows * kTileColumns<Sum>];
+  for (int64_t i = 0; i < rows; i += E::kRows) {
+    const int64_t tile_rows = std::min<int64_t>(E::kRows, rows - i);
+    const auto* tile = a.data + i / E::kRows * a.tile;
     int64_t k = 0;
     const auto keep = [&](int64_t r, int64_t j, Vec<Sum> x) __attribute__((always_inline)) {
       Sum* sums = partial.data + (i + r) * partial.row + j;
@@ -130,16 +130,23 @@ __attribute__((noinline)) void multiply_panel(int64_t i0, int64_t rows, int64_t 
     if (partial.last)
       for (const Touched* x : {&epilogue.first, &epilogue.second})
         if (x->data) x->prefetch(i0 + i, tile_rows, j0, columns);
-    with_tile_shape<Sum>(
-        tile_rows, width, [&]<int kVectors>(auto tile_rows) __attribute__((always_inline)) {
-          constexpr int64_t kRow = kVectors * kLanes<Sum>;
-          do {  // once, where there are no steps: the sums are zeros then
-            multiply_tile<E, kVectors>(tile_rows, std::min(run, steps - k),
-                                       {tile + k * a.column, a.row, a.column}, panel + k * kRow,
-                                       kRow, keep);
-            k += run;
-          } while (k < steps);
-        });
+    if constexpr (E::kStepUnit > 1) {
+      Sum* sums = partial.data + i * partial.row;
+      multiply_matrix_tiles(tile_rows, width, steps, {tile, a.row, a.column}, panel, width,
+                            partial.first ? nullptr : sums, partial.row, partial.last ? done : sums,
+                            partial.last ? kTileColumns<Sum> : partial.row);
+    } else {
+      with_tile_shape<Sum>(
+          tile_rows, width, [&]<int kVectors>(auto tile_rows) __attribute__((always_inline)) {
+            constexpr int64_t kRow = kVectors * kLanes<Sum>;
+            do {  // once, where there are no steps: the sums are zeros then
+              multiply_tile<E, kVectors>(tile_rows, std::min(run, steps - k),
+                                         {tile + k * a.column, a.row, a.column}, panel + k * kRow,
+                                         kRow, keep);
+              k += run;
+            } while (k < steps);
+          });
+    }
     if (partial.last) epilogue(i0 + i, j0, tile_rows, columns, done);
   }
 }
@@ -148,15 +155,17 @@ __attribute__((noinline)) void multiply_panel(int64_t i0, int64_t rows, int64_t 
 // (96 x 768, 295 KB), stay in L2 with a panel's block of B (at 64 columns 128 KB). Up to 1024 steps
 // are one block, and there are no partial sums.
 constexpr int64_t kBlockRows = 96, kBlockColumns = 768, kBlockSteps = 512;
-static_assert(kBlockRows % kTileRows == 0);
+static_assert(kBlockRows % kTileRows == 0 && kBlockRows % 32 == 0);
 static_assert(kBlockColumns % kTileColumns<float> == 0);
 
 // Blocks of steps. Sums must not depend on how many threads there are: only the blocks of C may.
 struct Split {
   int64_t count, size;
 };
-inline Split split_steps(int64_t steps) {
-  const int64_t size = equal_part(steps, steps <= 2 * kBlockSteps ? 2 * kBlockSteps : kBlockSteps);
+template <class E>
+Split split_steps(int64_t steps) {
+  const int64_t most = steps <= 2 * kBlockSteps ? 2 * kBlockSteps : kBlockSteps;
+  const int64_t size = equal_part(steps / E::kStepUnit, most / E::kStepUnit) * E::kStepUnit;
   return {size ? (steps + size - 1) / size : 0, size};
 }
 
@@ -166,17 +175,21 @@ inline Split split_steps(int64_t steps) {
 struct BlocksOfC {
   int64_t rows, columns;
 };
-inline BlocksOfC blocks_of_c(int64_t rows, int64_t columns, int64_t panel, int64_t row_unit,
-                             bool split_columns) {
+template <class E>
+constexpr int64_t kRowsOfC = E::kStepUnit > 1 ? 256 : kBlockRows;
+template <class E>
+BlocksOfC blocks_of_c(int64_t rows, int64_t columns, int64_t panel, int64_t row_unit,
+                      int64_t most_rows, bool split_columns) {
   const int64_t units = std::max<int64_t>(1, (rows + row_unit - 1) / row_unit);
   const int64_t panels = std::max<int64_t>(1, (columns + panel - 1) / panel);
-  const int64_t threads = max_threads(), unit_tiles = row_unit / kTileRows;
+  const int64_t threads = max_threads();
   BlocksOfC best{};
   int64_t least = std::numeric_limits<int64_t>::max();
   for (int64_t n = panels;; n = (n + 1) / 2) {
-    for (int64_t m = std::clamp<int64_t>(kBlockRows / row_unit, 1, units); m > 0; --m) {
+    for (int64_t m = std::clamp<int64_t>(most_rows / row_unit, 1, units); m > 0; --m) {
       const int64_t tasks = ((units + m - 1) / m) * ((panels + n - 1) / n);
-      const int64_t cost = (tasks + threads - 1) / threads * (m * unit_tiles + 1) * (n + 1);
+      const int64_t tiles = (m * row_unit + E::kRows - 1) / E::kRows;
+      const int64_t cost = (tasks + threads - 1) / threads * (tiles + 1) * (n + 1);
       if (cost < least) least = cost, best = {m * row_unit, n * panel};
     }
     if (n == 1 || !split_columns) return best;
@@ -220,11 +233,12 @@ struct BlockScratch {
 
   // For blocks of so many rows and columns of a product of so many steps.
   BlockScratch(std::byte* memory, int64_t rows, int64_t columns, int64_t steps) {
-    const Split blocks = split_steps(steps);
+    const Split blocks = split_steps<E>(steps);
     Carver carver(memory);
     row = std::min(kBlockColumns, round_up<typename E::Sum>(columns));
+    rows = (rows + E::kRows - 1) / E::kRows * E::kRows;  // matrix tiles are written whole
     sums = carver.take<typename E::Sum>(blocks.count > 1 ? rows * row : 0);
-    a = carver.take<typename E::Operand>((rows + kTileRows) *
+    a = carver.take<typename E::Operand>((rows + E::kRows) *
                                          (round_up<typename E::Operand>(blocks.size) + 16));
     b = carver.take<typename E::Operand>(blocks.size * Panels<E>::kWidth);
     bytes = carver.used();
@@ -238,7 +252,7 @@ FetchAhead fetch_ahead(const TilesOfBlock<E>& tiles, int64_t i0, int64_t rows, i
                        int64_t steps, int64_t columns) {
   if (!tiles.transposed.data || steps <= 0) return {};
   const int64_t count =
-      (columns + Panels<E>::kWidth - 1) / Panels<E>::kWidth * ((rows + kTileRows - 1) / kTileRows);
+      (columns + Panels<E>::kWidth - 1) / Panels<E>::kWidth * ((rows + E::kRows - 1) / E::kRows);
   const int64_t first = k * E::kDepth, all = steps * E::kDepth;
   return {tiles.transposed, first, first + all, (all + count - 1) / count, i0, rows};
 }
@@ -249,7 +263,8 @@ __attribute__((noinline)) void gemm_block(int64_t i0, int64_t rows, int64_t j0, 
                                           const PanelBlocks<E>& b, const TilesOfBlock<E>& tiles,
                                           const Epilogue<E>& epilogue,
                                           const BlockScratch<E>& scratch) {
-  const Split k_blocks = split_steps(b.steps);
+  const Split k_blocks = split_steps<E>(b.steps);
+  [[maybe_unused]] const MatrixUnit<E> unit;
   const int64_t most = k_blocks.count <= 1 ? columns : kBlockColumns;
   for (int64_t j = j0; j < j0 + columns; j += most) {
     const int64_t n = std::min(most, j0 + columns - j);
@@ -288,8 +303,8 @@ __attribute__((noinline)) void gemm_blocks(int64_t rows, const PanelBlocks<E>& b
                                            const TilesOfBlock<E>& tiles,
                                            const Epilogue<E>& epilogue, bool all_rows = false) {
   if (rows == 0 || b.columns == 0) return;
-  const int64_t row_unit = all_rows ? (rows + kTileRows - 1) / kTileRows * kTileRows : kTileRows;
-  const BlocksOfC block = blocks_of_c(rows, b.columns, b.kWidth, row_unit, true);
+  const int64_t row_unit = all_rows ? (rows + E::kRows - 1) / E::kRows * E::kRows : E::kRows;
+  const BlocksOfC block = blocks_of_c<E>(rows, b.columns, b.kWidth, row_unit, kRowsOfC<E>, true);
   const int64_t across = (b.columns + block.columns - 1) / block.columns;
   const int64_t down = (rows + block.rows - 1) / block.rows;
   const auto scratch = [&](std::byte* memory) {
@@ -311,7 +326,8 @@ static_assert(kBlockRows % kRowUnit == 0 && kRowUnit % kTileRows == 0);
 template <class E, class Work>
 void parallel_for_rows(int64_t rows, int64_t columns, size_t scratch_bytes, const Work& work) {
   if (rows == 0) return;
-  const int64_t m = blocks_of_c(rows, columns, Panels<E>::kWidth, kRowUnit, false).rows;
+  const int64_t m =
+      blocks_of_c<E>(rows, columns, Panels<E>::kWidth, kRowUnit, kBlockRows, false).rows;
   parallel_for((rows + m - 1) / m, scratch_bytes, [&](int64_t task, std::byte* scratch) {
     work(task * m, std::min(m, rows - task * m), scratch);
   });
@@ -324,13 +340,65 @@ void gemm(int64_t rows, int64_t depth, Matrix<Storage> a, const Panels<E>& b,
   gemm_blocks<E>(rows, b, tiles_of<E>(a, depth, map), epilogue);
 }
 
+// Panels of a B of more columns, from number `first` on.
+template <class E>
+struct PanelsFrom : Panels<E> {
+  int64_t first;
+  const typename E::Operand* operator()(int64_t p, int64_t k, int64_t, typename E::Operand*) const {
+    return this->panel(p - first) + k * this->width(p);
+  }
+};
+
+// A product by matrix tiles, which multiply faster than L3 gives operands, where B is the larger:
+// the columns of a task, packed, and a block of A's rows meet in L2. A is packed before.
+template <class E, class A, class B>
+void gemm_of_columns(int64_t rows, int64_t depth, Matrix<A> a, Matrix<B> b, int64_t columns,
+                     const Epilogue<E>& epilogue) {
+  using Operand = typename E::Operand;
+  constexpr int64_t kBytes = 1024 * 1024;  // of a task's columns: half of L2
+  constexpr int64_t kWidth = Panels<E>::kWidth;
+  const int64_t steps = steps_of_depth<E>(depth);
+  Buffer<Operand> packed(static_cast<size_t>((rows + E::kRows) * steps));
+  parallel_for((rows + kBlockRows - 1) / kBlockRows, 0, [&](int64_t task, std::byte*) {
+    const int64_t i = task * kBlockRows, m = std::min(kBlockRows, rows - i);
+    pack_tiles<E>(a, i, m, 0, steps, depth, packed.get() + i * steps, Unchanged{});
+  });
+  const auto tiles = [&](int64_t i0, int64_t, int64_t k0, int64_t, Operand*) {
+    return Tiles<Operand>(packed.get() + i0 * steps + k0 * E::kRows, E::kRows * steps, E::kStepUnit,
+                          E::kRows * E::kStepUnit);
+  };
+  const int64_t panel_bytes = kWidth * steps * sizeof(Operand), threads = max_threads();
+  const int64_t panels = (columns + kWidth - 1) / kWidth;
+  const int64_t most = std::max<int64_t>(1, kBytes / std::max<int64_t>(1, panel_bytes));
+  const int64_t part = (equal_part(panels, most * threads) + threads - 1) / threads;
+  const auto scratch = [&](std::byte* memory) {
+    return BlockScratch<E>(memory, kRowsOfC<E>, part * kWidth, steps);
+  };
+  const size_t bytes = scratch(nullptr).bytes;
+  const auto work = [&](int64_t task, std::byte* memory) {
+    const int64_t first = task * part, end = std::min(panels, first + part);
+    const PanelsFrom<E> own{{reinterpret_cast<Operand*>(memory + bytes), columns, steps}, first};
+    for (int64_t p = first; p < end; ++p)
+      pack_panel<E>(b, depth, columns, p, 0, steps, own.panel(p - first));
+    const int64_t j = first * kWidth, n = std::min(columns, end * kWidth) - j;
+    for (int64_t i = 0; i < rows; i += kRowsOfC<E>)
+      gemm_block<E>(i, std::min(kRowsOfC<E>, rows - i), j, n, own, touching(tiles, {}), epilogue,
+                    scratch(memory));
+  };
+  parallel_for((panels + part - 1) / part, bytes + part * panel_bytes, work);
+}
+
 // C (rows, columns) = A (rows, depth) B (depth, columns), where B is read from memory once and
 // never packed as a whole: a task has all rows of its columns. One stride of each is 1.
 template <class E, class A, class B>
 void gemm_reading_once(int64_t rows, int64_t depth, Matrix<A> a, Matrix<B> b, int64_t columns,
                        const std::type_identity_t<Epilogue<E>>& epilogue) {
-  gemm_blocks<E>(rows, UnpackedPanels<E, B>{b, depth, columns}, tiles_of<E>(a, depth, Unchanged{}),
-                 epilogue, true);
+  if (rows == 0 || columns == 0) return;
+  if constexpr (E::kStepUnit > 1)
+    gemm_of_columns<E>(rows, depth, a, b, columns, epilogue);
+  else
+    gemm_blocks<E>(rows, UnpackedPanels<E, B>{b, depth, columns},
+                   tiles_of<E>(a, depth, Unchanged{}), epilogue, true);
 }
 
 }  // namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL

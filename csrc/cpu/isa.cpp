@@ -3,12 +3,33 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "common/error.h"
 #include "cpu/foreach_isa.h"
 
 namespace gpt_ext::cpu {
 namespace {
+
+// Whether the CPU has matrix tiles of bfloat16, and the system lets this process use them, which is
+// to be asked for once: they enlarge what a thread's state takes.
+[[maybe_unused]] bool may_use_matrix_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kTiles = bit_AMX_TILE | bit_AMX_BF16;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl; of the state
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kTiles) == kTiles &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 bool cpu_has(const std::string& level) {
 #if defined(__x86_64__)
@@ -18,9 +39,10 @@ bool cpu_has(const std::string& level) {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (level == "avx2") return avx2;
   if (level == "avx512") return avx2 && avx512;
-  if (level == "avx512_bf16")
-    return avx2 && avx512 && __builtin_cpu_supports("avx512bf16") &&
-           __builtin_cpu_supports("avx512vnni");
+  const bool bf16 =
+      avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  if (level == "avx512_bf16") return avx2 && bf16;
+  if (level == "amx") return avx2 && bf16 && may_use_matrix_tiles();
 #endif
   return level == "scalar" || level == "neon";  // the baseline of the machine compiled for
 }

@@ -5,6 +5,7 @@
 #include "cpu/math.h"
 #include "cpu/dropout.h"
 #include "cpu/tile.h"
+#include "cpu/matrix_tile.h"
 #include "cpu/pack.h"
 #include "cpu/gemm.h"
 #include "cpu/norm.h"
@@ -17,3 +18,4 @@
 #undef GPT_EXT_REGISTERS
 #undef GPT_EXT_BF16_DOT
 #undef GPT_EXT_INT8_DOT
+#undef GPT_EXT_MATRIX_TILES

@@ -2,7 +2,8 @@
 // foreach_isa.h alone, at its end.
 
 #if defined(__x86_64__)
-#define GPT_EXT_SIMD_LEVELS(X, op) X(scalar, op) X(avx2, op) X(avx512, op) X(avx512_bf16, op)
+#define GPT_EXT_SIMD_LEVELS(X, op) \
+  X(scalar, op) X(avx2, op) X(avx512, op) X(avx512_bf16, op) X(amx, op)
 #elif defined(__aarch64__)
 #define GPT_EXT_SIMD_LEVELS(X, op) X(scalar, op) X(neon, op)
 #else
@@ -16,6 +17,7 @@
 #define GPT_EXT_REGISTERS 16
 #define GPT_EXT_BF16_DOT 0
 #define GPT_EXT_INT8_DOT 0
+#define GPT_EXT_MATRIX_TILES 0
 #include "cpu/level.h"
 
 #if defined(__x86_64__)
@@ -26,6 +28,7 @@ GPT_EXT_BEGIN_TARGET("avx2,fma")
 #define GPT_EXT_REGISTERS 16
 #define GPT_EXT_BF16_DOT 0
 #define GPT_EXT_INT8_DOT 0
+#define GPT_EXT_MATRIX_TILES 0
 #include "cpu/level.h"
 GPT_EXT_END_TARGET
 
@@ -35,6 +38,7 @@ GPT_EXT_BEGIN_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
 #define GPT_EXT_REGISTERS 32
 #define GPT_EXT_BF16_DOT 0
 #define GPT_EXT_INT8_DOT 0
+#define GPT_EXT_MATRIX_TILES 0
 #include "cpu/level.h"
 GPT_EXT_END_TARGET
 
@@ -45,6 +49,19 @@ GPT_EXT_BEGIN_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx
 #define GPT_EXT_REGISTERS 32
 #define GPT_EXT_BF16_DOT 1
 #define GPT_EXT_INT8_DOT 1
+#define GPT_EXT_MATRIX_TILES 0
+#include "cpu/level.h"
+GPT_EXT_END_TARGET
+
+// Advanced Matrix Extensions: products of whole tiles of bfloat16.
+GPT_EXT_BEGIN_TARGET(
+    "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,amx-tile,amx-bf16")
+#define GPT_EXT_SIMD_LEVEL amx
+#define GPT_EXT_VECTOR_BYTES 64
+#define GPT_EXT_REGISTERS 32
+#define GPT_EXT_BF16_DOT 1
+#define GPT_EXT_INT8_DOT 1
+#define GPT_EXT_MATRIX_TILES 1
 #include "cpu/level.h"
 GPT_EXT_END_TARGET
 
@@ -55,6 +72,7 @@ GPT_EXT_END_TARGET
 #define GPT_EXT_REGISTERS 32
 #define GPT_EXT_BF16_DOT 0
 #define GPT_EXT_INT8_DOT 0
+#define GPT_EXT_MATRIX_TILES 0
 #include "cpu/level.h"
 
 #endif

@@ -23,7 +23,7 @@ auto add_to_residual(Out* out, int64_t columns, const Stream* b, const Stream* r
   const ResidualDropout mask(drops ? *dropout.seed : 0, dropout.p);
   const auto epilogue = [=, p = dropout.p](int64_t i, int64_t j0, int64_t rows, int64_t n,
                                            const Sum* c) {
-    Sum scales[kTileRows * kTileColumns<Sum>];
+    Sum scales[kMostTileRows * kTileColumns<Sum>];
     for (int64_t r = 0; drops && r < rows; ++r)
       dropout_scales(mask, p, ResidualDropout::first_block(i + r), j0, n,
                      scales + r * kTileColumns<Sum>);

@@ -37,15 +37,16 @@ GPT_EXT_INLINE void join_bits(const Storage* x, int64_t row, typename E::Operand
 
 template <class E>
 constexpr int64_t steps_of_depth(int64_t depth) {
-  return (depth + E::kDepth - 1) / E::kDepth;
+  constexpr int64_t kUnit = E::kDepth * E::kStepUnit;
+  return (depth + kUnit - 1) / kUnit * E::kStepUnit;
 }
 
-// B, packed: panel p holds columns [p * kTileColumns, ...) as [step of k][width]; the last one is
+// B, packed: panel p holds columns [p * kColumns, ...) as [step of k][width]; the last one is
 // as many whole vectors wide as its columns need.
 template <class E>
 struct Panels {
   using Operand = typename E::Operand;
-  static constexpr int64_t kWidth = kTileColumns<typename E::Sum>;
+  static constexpr int64_t kWidth = E::kColumns;
   Operand* data;
   int64_t columns, steps;  // N, and K in steps
 
@@ -92,6 +93,12 @@ template <class E, class Storage, class Map>
 GPT_EXT_INLINE Vec<typename E::Operand> load_steps(const Storage* row, int64_t i, int64_t j,
                                                    int64_t columns, const Map& map) {
   using Sum = typename E::Sum;
+  if constexpr (kIsCopy<E, Storage, Map>)
+    if (j + E::kDepth * kLanes<Sum> <= columns) {
+      Vec<typename E::Operand> steps;
+      std::memcpy(&steps, row + j, sizeof steps);
+      return steps;
+    }
   Vec<Sum> x[E::kDepth] = {};
   for (int e = 0; e < E::kDepth; ++e, j += kLanes<Sum>) {
     if (j + kLanes<Sum> <= columns)
@@ -181,6 +188,43 @@ GPT_EXT_INLINE void prefetch_rows(Matrix<Storage> a, int64_t i0, int64_t rows, i
       __builtin_prefetch(a.data + k * a.column + i0 + i);
 }
 
+// The same in units of kStepUnit steps, [unit][row][step], a line each: as a matrix tile is loaded.
+template <class E, class Storage, class Map>
+Tiles<typename E::Operand> pack_matrix_tiles(Matrix<Storage> a, int64_t i0, int64_t rows,
+                                             int64_t k0, int64_t steps, int64_t depth,
+                                             typename E::Operand* memory, const Map& map) {
+  using Operand = typename E::Operand;
+  constexpr int64_t kSide = E::kStepUnit, kUnit = E::kRows * kSide;
+  static_assert(kSide == kLanes<Operand> && E::kRows % kSide == 0);
+  const auto line = [=](int64_t i, int64_t s) {
+    return memory + i / E::kRows * E::kRows * steps + s / kSide * kUnit + i % E::kRows * kSide;
+  };
+  if (a.column == 1)
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t s = 0; s < steps; s += kSide)
+        store(line(i, s),
+              load_steps<E>(a.data + (i0 + i) * a.row, i0 + i, (k0 + s) * E::kDepth, depth, map));
+  else
+    for (int64_t s = 0; s < steps; s += kSide) {
+      for (int64_t t = 0; t < kSide; ++t)
+        prefetch_rows<E>(a, i0, rows, k0 + s + t + kPrefetchSteps, depth);
+      for (int64_t i = 0; i < rows; i += kSide) {
+        const int64_t count = std::min(kSide, rows - i);
+        alignas(64) Operand joined[kSide * kSide];
+        join_rows<E>(Matrix<Storage>{a.data, a.column, 1}, depth, k0 + s, kSide, i0 + i, count,
+                     joined, kSide, map);
+        Vec<Operand> square[kSide];
+#pragma GCC unroll 16
+        for (int64_t t = 0; t < kSide; ++t) std::memcpy(&square[t], joined + t * kSide, 64);
+        transpose<Operand>(square);
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < kSide; ++r)
+          if (r < count) store(line(i + r, s), square[r]);
+      }
+    }
+  return {memory, E::kRows * steps, kSide, kUnit};
+}
+
 // Rows [i0, i0 + rows) and steps [k0, k0 + steps) of A (., depth) as tiles: A itself where it will
 // do, else a copy in `memory`. Where rows are contiguous in A, a tile's copy is [step][6]: one
 // stream, where A has a cache line a step.
@@ -191,6 +235,8 @@ __attribute__((noinline)) Tiles<typename E::Operand> pack_tiles(Matrix<Storage> 
                                                                 typename E::Operand* memory,
                                                                 const Map& map) {
   using Operand = typename E::Operand;
+  if constexpr (E::kStepUnit > 1)
+    return pack_matrix_tiles<E>(a, i0, rows, k0, steps, depth, memory, map);
   if (a.column != 1) {
     // A step is stored in runs of kRun; what lies beyond its 6 elements the next one overwrites.
     constexpr int64_t kRun = 8;

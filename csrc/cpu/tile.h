@@ -16,7 +16,9 @@ template <class T>
 struct Elements {
   using Operand = T;
   using Sum = T;
-  static constexpr int kDepth = 1;  // elements of k a step
+  static constexpr int kDepth = 1;         // elements of k a step
+  static constexpr int64_t kStepUnit = 1;  // products take whole multiples of so many steps
+  static constexpr int64_t kRows = kTileRows, kColumns = kTileColumns<T>;  // of a product's tile
   GPT_EXT_INLINE static Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> sum) { return a * b + sum; }
   // Steps of k from consecutive elements: x[0], then x[1].
   GPT_EXT_INLINE static Vec<T> pair_up(const Vec<T> (&x)[1]) { return x[0]; }
@@ -29,6 +31,8 @@ struct Bf16Pairs {
   using Operand = uint32_t;  // elements 2k (low half) and 2k + 1 (high half)
   using Sum = float;
   static constexpr int kDepth = 2;
+  static constexpr int64_t kStepUnit = 1;
+  static constexpr int64_t kRows = kTileRows, kColumns = kTileColumns<float>;
   GPT_EXT_INLINE static Vec<float> multiply_add(Vec<uint32_t> a, Vec<uint32_t> b, Vec<float> sum) {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
@@ -52,17 +56,10 @@ struct Bf16Pairs {
     store(pairs, bits);
   }
 };
-template <class E, class Storage>
-constexpr bool kIsPairs = std::is_same_v<E, Bf16Pairs> && std::is_same_v<Storage, bf16>;
-template <class Storage>
-using Arithmetic = std::conditional_t<std::is_same_v<Storage, bf16>, Bf16Pairs,
-                                      Elements<typename Accumulation<Storage>::type>>;
-#else
-template <class Storage>
-using Arithmetic = Elements<typename Accumulation<Storage>::type>;
-template <class E, class Storage>
-constexpr bool kIsPairs = false;
 #endif
+
+template <class E, class Storage>
+constexpr bool kIsPairs = E::kDepth == 2 && std::is_same_v<Storage, bf16>;
 
 // The elements whose consecutive ones an operand is made of.
 template <class E>
@@ -75,8 +72,8 @@ struct Matrix {
   int64_t row, column;
 };
 
-// A as the micro-kernel reads it: element (i, k) lies at data[i / 6 * tile + i % 6 * row +
-// k * column], 6 being kTileRows.
+// A as the micro-kernel reads it: element (i, k) lies at data[i / kRows * tile + i % kRows * row +
+// k / kStepUnit * column + k % kStepUnit], by the constants of its arithmetic.
 template <class T>
 struct Tiles {
   const T* data;

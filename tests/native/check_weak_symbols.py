@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 
-LEVELS = re.compile(r"\bgpt_ext::cpu::(avx2|avx512|avx512_bf16)::")
+LEVELS = re.compile(r"\bgpt_ext::cpu::(avx2|avx512|avx512_bf16|amx)::")
 WIDE = re.compile(r"%[yz]mm|\tv[a-z0-9]+ ")  # v...: an AVX encoding, whatever its registers
 
 

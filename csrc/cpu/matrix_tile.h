@@ -1,0 +1,121 @@
+// Which arithmetic products of matrices take; and the micro-kernel of a level whose registers hold
+// whole tiles of matrices (Intel's Advanced Matrix Extensions, AMX): one instruction multiplies 16
+// rows of 32 bfloat16 by 32 rows of 16, and adds onto 16 x 16 sums in float32.
+// Included once a level by level.h.
+
+namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
+
+#if GPT_EXT_MATRIX_TILES
+
+// Pairs of bfloat16, 16 a row of a tile. Of the eight tiles four are sums, 2 x 2, and two each
+// operands from the left and from the right: each of these is multiplied twice for a load.
+struct Bf16Tiles : Bf16Pairs {
+  static constexpr int64_t kStepUnit = 16;
+  static constexpr int64_t kRows = 32, kColumns = 32;
+};
+using Bf16Products = Bf16Tiles;
+
+// The tiles' shape, all 16 rows of 64 bytes, while it lives. Idle tiles are let go: the system
+// would save 8 KB of them whenever another thread's turn comes.
+template <class E>
+class MatrixUnit {
+ public:
+  MatrixUnit() {
+    // Static, for the compiler is not told that more of it is read than a pointer's size.
+    static constexpr struct alignas(64) {
+      uint8_t palette = 1, first_row = 0, unused[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};  // a row
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } shape;
+    if constexpr (kHasTiles) _tile_loadconfig(&shape);
+  }
+  ~MatrixUnit() {
+    if constexpr (kHasTiles) _tile_release();
+  }
+  MatrixUnit(const MatrixUnit&) = delete;
+  MatrixUnit& operator=(const MatrixUnit&) = delete;
+
+ private:
+  static constexpr bool kHasTiles = E::kStepUnit > 1;
+};
+
+// Sums (16 kRows, 16 kColumns) at `to`, rows to_row apart: of those at `from`, unless null, and a
+// (16 kRows, steps) times b (steps, 16 kColumns), whose rows are b_row apart.
+template <int kRows, int kColumns>
+GPT_EXT_INLINE void multiply_matrix_tile(int64_t steps, Matrix<uint32_t> tile, const uint32_t* b,
+                                         int64_t b_row, const float* from, int64_t from_row,
+                                         float* to, int64_t to_row) {
+  constexpr int64_t kSide = Bf16Tiles::kStepUnit;
+  const uint32_t* a = tile.data;
+  const int64_t a_row = tile.row * sizeof *a;
+  b_row *= sizeof *b, from_row *= sizeof *from, to_row *= sizeof *to;
+  const auto below = [](auto* x, int64_t row) {
+    return reinterpret_cast<decltype(x)>(reinterpret_cast<uintptr_t>(x) + kSide * row);
+  };
+  // The compiler is not told that a tile's load reads memory: what was stored is to be there.
+  asm volatile("" ::: "memory");
+  if (from) {
+    _tile_loadd(0, from, from_row);
+    if constexpr (kColumns > 1) _tile_loadd(1, from + kSide, from_row);
+    if constexpr (kRows > 1) _tile_loadd(2, below(from, from_row), from_row);
+    if constexpr (kRows > 1 && kColumns > 1)
+      _tile_loadd(3, below(from, from_row) + kSide, from_row);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < steps; k += kSide, a += tile.column, b = below(b, b_row)) {
+    _tile_loadd(4, a, a_row);
+    _tile_loadd(6, b, b_row);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kColumns > 1) {
+      _tile_loadd(7, b + kSide, b_row);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (kRows > 1) {
+      _tile_loadd(5, below(a, a_row), a_row);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    if constexpr (kRows > 1 && kColumns > 1) _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, to, to_row);
+  if constexpr (kColumns > 1) _tile_stored(1, to + kSide, to_row);
+  if constexpr (kRows > 1) _tile_stored(2, below(to, to_row), to_row);
+  if constexpr (kRows > 1 && kColumns > 1) _tile_stored(3, below(to, to_row) + kSide, to_row);
+}
+
+// The same for up to 32 rows and 32 columns, of these 16 or all.
+inline void multiply_matrix_tiles(int64_t rows, int64_t columns, int64_t steps, Matrix<uint32_t> a,
+                                  const uint32_t* b, int64_t b_row, const float* from,
+                                  int64_t from_row, float* to, int64_t to_row) {
+  constexpr int64_t kSide = Bf16Tiles::kStepUnit;
+  const auto run = [&]<int kRows, int kColumns>() {
+    multiply_matrix_tile<kRows, kColumns>(steps, a, b, b_row, from, from_row, to, to_row);
+  };
+  if (rows > kSide)
+    columns > kSide ? run.template operator()<2, 2>() : run.template operator()<2, 1>();
+  else
+    columns > kSide ? run.template operator()<1, 2>() : run.template operator()<1, 1>();
+}
+
+#else
+
+#if GPT_EXT_BF16_DOT
+using Bf16Products = Bf16Pairs;
+#else
+using Bf16Products = Elements<float>;
+#endif
+
+template <class E>
+struct MatrixUnit {};
+
+#endif
+
+template <class Storage>
+using Arithmetic = std::conditional_t<std::is_same_v<Storage, bf16>, Bf16Products,
+                                      Elements<typename Accumulation<Storage>::type>>;
+constexpr int64_t kMostTileRows = std::max(Bf16Products::kRows, Elements<float>::kRows);
+
+}  // namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL
