@@ -1,4 +1,4 @@
-// The machine's own ceiling: the rate of multiply-adds, in float32 or of bfloat16 pairs, from
+// The machine's own ceiling: the rate of multiply-adds, in float32 or of bfloat16, from
 // registers alone, on every thread at once, at the widest SIMD level of the machine.
 #pragma once
 
@@ -61,14 +61,35 @@ struct PeakLoop {
   for (int i = 1; i < kChains; ++i) sums[0] = _mm512_add_ps(sums[0], sums[i]);
   return _mm512_cvtss_f32(sums[0]);
 }
+// A multiply-add takes whole tiles, of which six are sums, each twice a step.
+[[gnu::target("amx-tile,amx-bf16")]] inline float multiply_add_tiles(int64_t steps) {
+  static constexpr struct alignas(64) {
+    uint8_t palette = 1, unused[15] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } shape;
+  _tile_loadconfig(&shape);  // and all tiles are zeros
+  for (int64_t step = 0; step < 2 * steps; ++step) {
+    _tile_dpbf16ps(0, 6, 7);
+    _tile_dpbf16ps(1, 6, 7);
+    _tile_dpbf16ps(2, 6, 7);
+    _tile_dpbf16ps(3, 6, 7);
+    _tile_dpbf16ps(4, 6, 7);
+    _tile_dpbf16ps(5, 6, 7);
+  }
+  _tile_release();
+  return 0;
+}
 #endif
 
 // The fastest loop for products of this dtype; bfloat16 is widened where there is no instruction.
 inline PeakLoop widest_loop([[maybe_unused]] DType dtype) {
 #if defined(__x86_64__)
   const std::string level = cpu::supported_simd_levels().back();
-  if (level == "avx512_bf16" && dtype == DType::kBFloat16) return {multiply_add_pairs, 2 * 32};
-  if (level.starts_with("avx512")) return {multiply_add_avx512, 2 * 16};
+  const bool is_bf16 = dtype == DType::kBFloat16;
+  if (level == "amx" && is_bf16) return {multiply_add_tiles, 2 * 16 * 16 * 32};
+  if (level == "avx512_bf16" && is_bf16) return {multiply_add_pairs, 2 * 32};
+  if (level.starts_with("avx512") || level == "amx") return {multiply_add_avx512, 2 * 16};
   if (level == "avx2") return {multiply_add_avx2, 2 * 8};
 #endif
   return {multiply_add<16>, 2 * 4};

@@ -214,8 +214,8 @@ __attribute__((noinline)) void multiply_by_matrix_tiles(int64_t rows, int64_t co
       prefetch.a_few_rows();
       // Scores of a whole tile, whose probabilities are summed over; else no more than there are.
       const int64_t width = steps.end == kAllColumns ? std::min(E::kColumns, end - j) : E::kColumns;
-      multiply_matrix_tiles(tile_rows, width, count, tile, b + k * b_row + j, b_row, nullptr, 0, c,
-                            E::kColumns);
+      multiply_matrix_tiles(tile_rows, width, count, tile, {b + k * b_row + j, b_row}, nullptr, 0,
+                            c, E::kColumns);
       for (int64_t r = 0; r < tile_rows; ++r)
         for (int64_t v = 0; v < width; v += kLanes<float>)
           epilogue(i + r, j + v, load(c + r * E::kColumns + v));

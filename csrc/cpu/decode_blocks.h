@@ -51,6 +51,9 @@ class Decoder {
     carve(nullptr, rows, ranks);
     carve(thread_scratch(bytes_), rows, ranks);
     if (x) x_ = x;
+#if GPT_EXT_MATRIX_TILES
+    if (model_.format == WeightFormat::kBFloat16) end_rows(rows);
+#endif
   }
 
   // This rank's share of the rows' embeddings.
@@ -134,8 +137,20 @@ class Decoder {
                                SampleScratch(nullptr, model_.vocab).bytes});
     scratch_bytes_ = (scratch_bytes_ + 63) / 64 * 64;
     scratch_ = carver.take<std::byte>(ranks * static_cast<int64_t>(scratch_bytes_));
+    // Rows that a matrix tile reads beyond the last ones.
+    carver.take<float>((Bf16Products::kRows - 1) * (decode_align(widest()) + kPanel));
     bytes_ = carver.used();
   }
+#if GPT_EXT_MATRIX_TILES
+  // What matrix tiles read beyond the elements of a product's rows, and nobody writes.
+  void end_rows(int64_t rows) const {
+    using F = Format<WeightFormat::kBFloat16>;
+    for (int64_t i = 0; i < rows; ++i) {
+      F::end_row(reinterpret_cast<bf16*>(attended_ + i * x_row()), model_.dim);
+      F::end_row(reinterpret_cast<bf16*>(hidden_ + i * hidden_row()), model_.hidden);
+    }
+  }
+#endif
   int64_t widest() const { return std::max(model_.dim, model_.hidden); }
 
   // Up to so many rows, each rank prepares them for itself; more are shared out, which takes a
@@ -162,7 +177,12 @@ class Decoder {
   void multiply(const Operands& rows, int64_t count, const PackedMatrix& m, Range panels,
                 const ProductOut& out, PanelsAhead next = {}) const {
     dispatch_format(model_.format, [&](auto format) {
-      product_typed<decltype(format)>(rows, count, m, panels, out, next);
+      using F = decltype(format);
+#if GPT_EXT_MATRIX_TILES
+      if constexpr (std::is_same_v<F, Format<WeightFormat::kBFloat16>>)
+        return product_by_matrix_tiles(rows, count, m, panels, out);
+#endif
+      product_typed<F>(rows, count, m, panels, out, next);
     });
   }
   // This rank's part of a product to come.

@@ -68,10 +68,15 @@ struct Format<WeightFormat::kBFloat16> {
     const auto rounded = _mm512_cvtneps_pbh((__m512)x);
     std::memcpy(p, &rounded, sizeof rounded);
   }
+  // Zeros beyond the depth: the second half of the last step, or what a matrix tile takes besides.
+  static void end_row(bf16* row, int64_t depth) {
+    constexpr int64_t kUnit = Bf16Products::kDepth * Bf16Products::kStepUnit;
+    std::fill(row + depth, row + (depth + kUnit - 1) / kUnit * kUnit, bf16{});
+  }
   static float prepare(const float* x, int64_t depth, Operand* out) {
     auto* halves = reinterpret_cast<bf16*>(out);
     for_columns<float>(depth, [&](int64_t k, auto part) { put(halves + k, load(x + k, part)); });
-    halves[depth] = bf16{};  // the second half of the last step, if odd
+    end_row(halves, depth);
     return 1;
   }
 #else

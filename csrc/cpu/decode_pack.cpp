@@ -19,20 +19,20 @@ struct Header {
   char magic[8];
   DecodeModel model;
 };
-constexpr char kMagic[8] = {'g', 'p', 't', 'p', 'a', 'c', 'k', '2'};
+constexpr char kMagic[8] = {'g', 'p', 't', 'p', 'a', 'c', 'k', '3'};
 
-// Elements of k side by side in a panel, and bytes each.
+// Elements of k side by side in a panel, bytes each, and the steps that a panel has whole units of.
 struct Element {
-  int64_t depth, bytes;
+  int64_t depth, bytes, unit;
 };
 Element element_of(WeightFormat format) {
   switch (format) {
     case WeightFormat::kFloat32:
-      return {1, 4};
+      return {1, 4, 1};
     case WeightFormat::kBFloat16:
-      return {2, 2};
+      return {2, 2, 16};
     case WeightFormat::kInt8:
-      return {4, 1};
+      return {4, 1, 1};
   }
   throw Error("unknown weight format");
 }
@@ -40,8 +40,8 @@ Element element_of(WeightFormat format) {
 PackedMatrix take_matrix(Carver& carver, WeightFormat format, int64_t outputs, int64_t depth) {
   const Element element = element_of(format);
   const int64_t count = (outputs + kGroup * kPanel - 1) / (kGroup * kPanel) * kGroup;
-  const int64_t steps = (depth + element.depth - 1) / element.depth;
-  const int64_t panel_bytes = steps * element.depth * kPanel * element.bytes;
+  const int64_t unit = element.unit * element.depth;
+  const int64_t panel_bytes = (depth + unit - 1) / unit * unit * kPanel * element.bytes;
   PackedMatrix m;
   m.panels = carver.take<std::byte>(count * panel_bytes);
   m.scale = carver.take<float>(format == WeightFormat::kInt8 ? count * kPanel : 0);
@@ -91,11 +91,11 @@ constexpr int64_t place(int64_t e) {
 
 // The 16 outputs from `first` on of w (outputs, depth); value(c, x) is how x of output c is stored.
 template <class T, int64_t kDepth, class Value>
-void pack_panel(T* out, const float* w, int64_t depth, int64_t outputs, int64_t first,
-                const Value& value) {
+void pack_panel(std::byte* panel, int64_t bytes, const float* w, int64_t depth, int64_t outputs,
+                int64_t first, const Value& value) {
   const int64_t columns = std::clamp<int64_t>(outputs - first, 0, kPanel);
-  const int64_t steps = (depth + kDepth - 1) / kDepth;
-  std::memset(static_cast<void*>(out), 0, steps * kDepth * kPanel * sizeof(T));
+  T* out = reinterpret_cast<T*>(panel);
+  std::memset(panel, 0, bytes);
   for (int64_t c = 0; c < columns; ++c) {
     const float* row = w + (first + c) * depth;
     for (int64_t k = 0; k < depth; ++k)
@@ -110,10 +110,10 @@ void pack_matrix(WeightFormat format, const PackedMatrix& m, const float* w, con
     const int64_t first = p * kPanel;
     std::byte* panel = writable(m.panels) + p * m.panel_bytes;
     if (format == WeightFormat::kFloat32) {
-      pack_panel<float, 1>(reinterpret_cast<float*>(panel), w, m.depth, outputs, first,
+      pack_panel<float, 1>(panel, m.panel_bytes, w, m.depth, outputs, first,
                            [](int64_t, float x) { return x; });
     } else if (format == WeightFormat::kBFloat16) {
-      pack_panel<bf16, 2>(reinterpret_cast<bf16*>(panel), w, m.depth, outputs, first,
+      pack_panel<bf16, 2>(panel, m.panel_bytes, w, m.depth, outputs, first,
                           [](int64_t, float x) { return to_bf16(x); });
     } else {
       float* scale = writable(m.scale) + first;
@@ -130,7 +130,7 @@ void pack_matrix(WeightFormat format, const PackedMatrix& m, const float* w, con
         inverse[c] = largest > 0 ? 127 / largest : 0;
         sum[c] = 0;
       }
-      pack_panel<int8_t, 4>(reinterpret_cast<int8_t*>(panel), w, m.depth, outputs, first,
+      pack_panel<int8_t, 4>(panel, m.panel_bytes, w, m.depth, outputs, first,
                             [&](int64_t c, float x) {
                               const auto rounded = static_cast<int8_t>(std::lrint(x * inverse[c]));
                               sum[c] += rounded;

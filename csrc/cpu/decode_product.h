@@ -254,6 +254,38 @@ void product_typed(const Operands& rows, int64_t count, const PackedMatrix& m, R
   }
 }
 
+#if GPT_EXT_MATRIX_TILES
+// The product of weights in bfloat16 by matrix tiles, whose sums are alike for one row and many.
+inline void product_by_matrix_tiles(const Operands& rows, int64_t count, const PackedMatrix& m,
+                                    Range panels, const ProductOut& out) {
+  using E = Bf16Tiles;
+  using F = Format<WeightFormat::kBFloat16>;
+  constexpr int64_t kPanels = E::kColumns / kPanel;
+  constexpr int64_t kBytes = 1024 * 1024;  // of a block of rows: half of L2
+  const int64_t steps = steps_of_depth<E>(m.depth), stride = m.panel_bytes / sizeof(uint32_t);
+  const int64_t block_rows =
+      std::max<int64_t>(1, kBytes / (steps * sizeof(uint32_t)) / E::kRows) * E::kRows;
+  const int64_t row = count == 1 ? 0 : rows.row;  // one row is read 16 times, not its neighbours
+  const MatrixUnit<E> unit;
+  alignas(64) float sums[E::kRows * E::kColumns];
+  for (int64_t i0 = 0; i0 < count; i0 += block_rows)
+    for (int64_t p = panels.begin; p < panels.end; p += kPanels) {
+      const int64_t columns = std::min(kPanels, panels.end - p) * kPanel;
+      const int64_t written = std::min(columns, out.stride - p * kPanel);
+      const auto* panel = reinterpret_cast<const uint32_t*>(m.panels) + p * stride;
+      for (int64_t i = i0; i < std::min(count, i0 + block_rows); i += E::kRows) {
+        const int64_t real_rows = std::min(E::kRows, count - i);
+        const auto* a = reinterpret_cast<const uint32_t*>(rows.words + i * rows.row);
+        multiply_matrix_tiles(real_rows, columns, steps, {a, row, E::kStepUnit},
+                              {panel, kPanel, stride}, nullptr, 0, sums, E::kColumns);
+        for (int64_t r = 0; r < real_rows; ++r)
+          finish_row<F>(out, sums + r * E::kColumns, m.bias + p * kPanel, written,
+                        out.y + (i + r) * out.stride, p * kPanel);
+      }
+    }
+}
+#endif
+
 // f(Format<...>{}).
 template <class F>
 void dispatch_format(WeightFormat format, const F& f) {

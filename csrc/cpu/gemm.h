@@ -132,7 +132,7 @@ __attribute__((noinline)) void multiply_panel(int64_t i0, int64_t rows, int64_t 
         if (x->data) x->prefetch(i0 + i, tile_rows, j0, columns);
     if constexpr (E::kStepUnit > 1) {
       Sum* sums = partial.data + i * partial.row;
-      multiply_matrix_tiles(tile_rows, width, steps, {tile, a.row, a.column}, panel, width,
+      multiply_matrix_tiles(tile_rows, width, steps, {tile, a.row, a.column}, {panel, width},
                             partial.first ? nullptr : sums, partial.row, partial.last ? done : sums,
                             partial.last ? kTileColumns<Sum> : partial.row);
     } else {

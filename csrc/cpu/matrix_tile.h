@@ -39,16 +39,23 @@ class MatrixUnit {
   static constexpr bool kHasTiles = E::kStepUnit > 1;
 };
 
+// What a tile is multiplied by, from the right: rows are steps, `row` apart, and the 16 columns of
+// its second half lie `half` from those of the first.
+struct MatrixTileRight {
+  const uint32_t* data;
+  int64_t row, half = Bf16Tiles::kStepUnit;
+};
+
 // Sums (16 kRows, 16 kColumns) at `to`, rows to_row apart: of those at `from`, unless null, and a
-// (16 kRows, steps) times b (steps, 16 kColumns), whose rows are b_row apart.
+// (16 kRows, steps) times b (steps, 16 kColumns).
 template <int kRows, int kColumns>
-GPT_EXT_INLINE void multiply_matrix_tile(int64_t steps, Matrix<uint32_t> tile, const uint32_t* b,
-                                         int64_t b_row, const float* from, int64_t from_row,
+GPT_EXT_INLINE void multiply_matrix_tile(int64_t steps, Matrix<uint32_t> tile,
+                                         MatrixTileRight right, const float* from, int64_t from_row,
                                          float* to, int64_t to_row) {
   constexpr int64_t kSide = Bf16Tiles::kStepUnit;
-  const uint32_t* a = tile.data;
-  const int64_t a_row = tile.row * sizeof *a;
-  b_row *= sizeof *b, from_row *= sizeof *from, to_row *= sizeof *to;
+  const uint32_t *a = tile.data, *b = right.data;
+  const int64_t a_row = tile.row * sizeof *a, b_row = right.row * sizeof *b;
+  from_row *= sizeof *from, to_row *= sizeof *to;
   const auto below = [](auto* x, int64_t row) {
     return reinterpret_cast<decltype(x)>(reinterpret_cast<uintptr_t>(x) + kSide * row);
   };
@@ -71,7 +78,7 @@ GPT_EXT_INLINE void multiply_matrix_tile(int64_t steps, Matrix<uint32_t> tile, c
     _tile_loadd(6, b, b_row);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (kColumns > 1) {
-      _tile_loadd(7, b + kSide, b_row);
+      _tile_loadd(7, b + right.half, b_row);
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (kRows > 1) {
@@ -88,11 +95,11 @@ GPT_EXT_INLINE void multiply_matrix_tile(int64_t steps, Matrix<uint32_t> tile, c
 
 // The same for up to 32 rows and 32 columns, of these 16 or all.
 inline void multiply_matrix_tiles(int64_t rows, int64_t columns, int64_t steps, Matrix<uint32_t> a,
-                                  const uint32_t* b, int64_t b_row, const float* from,
-                                  int64_t from_row, float* to, int64_t to_row) {
+                                  MatrixTileRight b, const float* from, int64_t from_row, float* to,
+                                  int64_t to_row) {
   constexpr int64_t kSide = Bf16Tiles::kStepUnit;
   const auto run = [&]<int kRows, int kColumns>() {
-    multiply_matrix_tile<kRows, kColumns>(steps, a, b, b_row, from, from_row, to, to_row);
+    multiply_matrix_tile<kRows, kColumns>(steps, a, b, from, from_row, to, to_row);
   };
   if (rows > kSide)
     columns > kSide ? run.template operator()<2, 2>() : run.template operator()<2, 1>();
