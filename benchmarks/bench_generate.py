@@ -159,7 +159,7 @@ def cells(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def plot(results: list[dict[str, Any]]) -> None:
+def plot(results: list[dict[str, Any]], name: str) -> None:
     """Tokens a second over the bytes that each must read, and the bound."""
     bound = [result for result in results if result["bound"]]
     title = "Generation, batch 1: what is read for a token, and how fast it comes"
@@ -174,7 +174,7 @@ def plot(results: list[dict[str, Any]]) -> None:
         axes.plot(sizes, [m["tokens_per_s"] for m in members], linestyle="", label=family)
     axes.set(xscale="log", yscale="log")
     axes.legend()
-    plots.save(axes, "generate")
+    plots.save(axes, name)
 
 
 def main() -> None:
@@ -185,7 +185,7 @@ def main() -> None:
     options = parser.parse_args()
 
     names = list(dict.fromkeys([OURS, *options.contestants]))
-    report = Report("bench_generate", options)
+    report = Report("bench_generate", options, device="cpu")
     for model in options.models:
         of_model = [task for task in TASKS if task.model == model]
         for batch in sorted({task.batch for task in of_model}):
@@ -200,7 +200,7 @@ def main() -> None:
                     each.stop()
     report.finish(table(COLUMNS, [cells(result) for result in report.results]))
     if options.record:
-        plot(report.results)
+        plot(report.results, report.name.removeprefix("bench_").replace(" ", "_"))
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    report = Report(f"bench_ops {options.device}", options)
+    report = Report("bench_ops", options, device=options.device)
     for result in measure(options):
         report.add(result, cells(result, options.device))
     rows = [cells(result, options.device) for result in report.results]

@@ -237,7 +237,7 @@ def main() -> None:
     peak = f"{measured['float32_flops'] * 1e-9:.0f} GFLOP/s float32 measured; " if measured else ""
     if not peak and options.device == "cpu":
         print("no native build (make bench makes it): fractions of the peak are left out")
-    report = Report("bench_train", options, peak)
+    report = Report("bench_train", options, peak, options.device)
     for name in options.models:
         for case in CASES[name]:
             for dtype in options.dtypes:

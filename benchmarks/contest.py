@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -130,12 +131,16 @@ def add_options(parser: argparse.ArgumentParser, rounds: int, budget: float | No
 class Report:
     """The header, every result as it comes, which the file has at once, and at the end the record.
 
-    `name` is that of the program, and of the table's place in RESULTS.md.
+    `name` is that of the program, and of the table's place in RESULTS.md; one that has a table for
+    each kind of processor gives the `device` it measures, whose kind is added to the name.
     """
 
-    def __init__(self, name: str, options: argparse.Namespace, measured: str = "") -> None:
-        self.name, self.options = name, options
+    def __init__(
+        self, name: str, options: argparse.Namespace, measured: str = "", device: str = ""
+    ) -> None:
         self.facts = machine()
+        kind = self.facts["simd_level"] if device == "cpu" else device
+        self.name, self.options = f"{name} {kind}".strip(), options
         self.header = f"{machine_line(self.facts)}; {measured}up to {options.rounds} rounds."
         self.results: list[dict[str, Any]] = []
         print(self.header, flush=True)
@@ -157,6 +162,8 @@ class Report:
             return
         self.write(FOLDER / "results" / f"{self.name.replace(' ', '_')}.json")
         begin, end = f"<!-- {self.name} -->", f"<!-- end of {self.name} -->"
+        if begin not in RESULTS.read_text():
+            sys.exit(f"{RESULTS} has no place for this table: expected the lines {begin} and {end}")
         before, rest = RESULTS.read_text().split(begin)
         after = rest.split(end)[1]
         RESULTS.write_text(f"{before}{begin}\n{self.header}\n\n{text}\n{end}{after}")
