@@ -17,6 +17,18 @@ struct OutputScales {
 template <WeightFormat>
 struct Format;
 
+// Steps that a matrix tile takes at once.
+constexpr int64_t kUnitSteps = 16;
+
+// Where operand `part` of step k lies in a row of them. For matrix tiles those of a unit of steps
+// lie side by side, part by part.
+template <class F>
+constexpr int64_t place_of_operand(int64_t k, int64_t part) {
+  if (GPT_EXT_MATRIX_TILES && F::kParts == 2)
+    return k / kUnitSteps * 2 * kUnitSteps + part * kUnitSteps + k % kUnitSteps;
+  return k * F::kParts + part;
+}
+
 template <>
 struct Format<WeightFormat::kFloat32> {
   using Stored = float;
@@ -124,7 +136,7 @@ struct Format<WeightFormat::kInt8> {
 #if GPT_EXT_INT8_DOT
   // x + 2^15 as two bytes without sign: x w is 256 high w + low w - 2^15 w. All wraps modulo 2^32,
   // and what comes out does fit.
-  using Operand = int32_t;  // the high bytes of four elements, then their low bytes
+  using Operand = int32_t;  // the high bytes of four elements; their low bytes are the second part
   static constexpr int kSums = 2;
   template <int part>
   GPT_EXT_INLINE static Vec<int32_t> weights(const Stored* p) {
@@ -149,9 +161,14 @@ struct Format<WeightFormat::kInt8> {
       return (VectorOf<int32_t, 16>::type) __builtin_convertvector(x, VectorOf<uint8_t, 16>::type);
     };
     const auto high = bytes(words >> 8), low = bytes(words & 255);
+#if GPT_EXT_MATRIX_TILES
+    std::memcpy(out + place_of_operand<Format>(k / kDepth, 0), &high, sizeof high);
+    std::memcpy(out + place_of_operand<Format>(k / kDepth, 1), &low, sizeof low);
+#else
     const VectorOf<int32_t, 32>::type both =
         __builtin_shufflevector(high, low, 0, 4, 1, 5, 2, 6, 3, 7);
     std::memcpy(out + k / 2, &both, sizeof both);
+#endif
   }
 #else
   using Operand = int32_t;  // a pair of int16

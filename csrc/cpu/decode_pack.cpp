@@ -32,7 +32,7 @@ Element element_of(WeightFormat format) {
     case WeightFormat::kBFloat16:
       return {2, 2, 16};
     case WeightFormat::kInt8:
-      return {4, 1, 1};
+      return {4, 1, 16};
   }
   throw Error("unknown weight format");
 }

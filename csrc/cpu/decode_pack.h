@@ -2,9 +2,9 @@
 //
 // A matrix (N outputs, K inputs) is cut into panels of 16 outputs. A panel holds, for each step of
 // k, its 16 outputs side by side, one cache line: [K][16] float32, [K/2][16][2] bfloat16 or
-// [K/4][16][4] int8, these four in the order 0 2 1 3. In bfloat16 steps come in sixteens, as a
-// matrix tile takes them. What is missing from the last panels and steps is zero, in biases and
-// norms too, so that rows of padded length need no special end.
+// [K/4][16][4] int8, these four in the order 0 2 1 3. In bfloat16 and int8 steps come in
+// sixteens, as a matrix tile takes them. What is missing from the last panels and steps is zero, in
+// biases and norms too, so that rows of padded length need no special end.
 #pragma once
 
 #include <cstddef>

@@ -49,7 +49,7 @@ __attribute__((noinline)) void tile(const typename F::Operand* const* a, const f
           F::template weights<part>(panel + v / kPanelVectors * stride + k * kPanel * F::kDepth +
                                     v % kPanelVectors * kVectorStored);
     for (int r = 0; r < kRows; ++r) {
-      const Vec<Operand> x = broadcast<Operand>(row[r][k * F::kParts + part]);
+      const Vec<Operand> x = broadcast<Operand>(row[r][place_of_operand<F>(k, part)]);
       for (int v = 0; v < kVectors; ++v)
         sum[r][v][part % F::kSums] = F::multiply_add(x, weights[v], sum[r][v][part % F::kSums]);
     }
@@ -255,32 +255,48 @@ void product_typed(const Operands& rows, int64_t count, const PackedMatrix& m, R
 }
 
 #if GPT_EXT_MATRIX_TILES
-// The product of weights in bfloat16 by matrix tiles, whose sums are alike for one row and many.
-inline void product_by_matrix_tiles(const Operands& rows, int64_t count, const PackedMatrix& m,
-                                    Range panels, const ProductOut& out) {
-  using E = Bf16Tiles;
-  using F = Format<WeightFormat::kBFloat16>;
-  constexpr int64_t kPanels = E::kColumns / kPanel;
+// The same product by matrix tiles, of weights in bfloat16 or int8: of 32 rows, or of 16, whose two
+// parts are the tile's halves. One row's sums are what they are among many.
+template <class F>
+void product_by_matrix_tiles(const Operands& rows, int64_t count, const PackedMatrix& m,
+                             Range panels, const ProductOut& out) {
+  using Sum = typename F::Sum;
+  constexpr int64_t kTileColumns = 2 * kPanel, kRows = 2 * kUnitSteps / F::kSums;
   constexpr int64_t kBytes = 1024 * 1024;  // of a block of rows: half of L2
-  const int64_t steps = steps_of_depth<E>(m.depth), stride = m.panel_bytes / sizeof(uint32_t);
-  const int64_t block_rows =
-      std::max<int64_t>(1, kBytes / (steps * sizeof(uint32_t)) / E::kRows) * E::kRows;
+  const int64_t steps = m.panel_bytes / (kPanel * static_cast<int64_t>(sizeof(uint32_t)));
+  const int64_t stride = steps * kPanel, row_bytes = steps * F::kParts * sizeof(uint32_t);
+  const int64_t block_rows = std::max<int64_t>(1, kBytes / row_bytes / kRows) * kRows;
   const int64_t row = count == 1 ? 0 : rows.row;  // one row is read 16 times, not its neighbours
-  const MatrixUnit<E> unit;
-  alignas(64) float sums[E::kRows * E::kColumns];
+  const MatrixUnit<Bf16Tiles> unit;
+  alignas(64) Sum sums[2 * kUnitSteps * kTileColumns];
   for (int64_t i0 = 0; i0 < count; i0 += block_rows)
-    for (int64_t p = panels.begin; p < panels.end; p += kPanels) {
-      const int64_t columns = std::min(kPanels, panels.end - p) * kPanel;
-      const int64_t written = std::min(columns, out.stride - p * kPanel);
-      const auto* panel = reinterpret_cast<const uint32_t*>(m.panels) + p * stride;
-      for (int64_t i = i0; i < std::min(count, i0 + block_rows); i += E::kRows) {
-        const int64_t real_rows = std::min(E::kRows, count - i);
-        const auto* a = reinterpret_cast<const uint32_t*>(rows.words + i * rows.row);
-        multiply_matrix_tiles(real_rows, columns, steps, {a, row, E::kStepUnit},
-                              {panel, kPanel, stride}, nullptr, 0, sums, E::kColumns);
-        for (int64_t r = 0; r < real_rows; ++r)
-          finish_row<F>(out, sums + r * E::kColumns, m.bias + p * kPanel, written,
-                        out.y + (i + r) * out.stride, p * kPanel);
+    for (int64_t p = panels.begin; p < panels.end; p += 2) {
+      const int64_t columns = std::min<int64_t>(2, panels.end - p) * kPanel, first = p * kPanel;
+      const MatrixTileRight b{reinterpret_cast<const uint32_t*>(m.panels) + p * stride, kPanel,
+                              stride};
+      for (int64_t i = i0; i < std::min(count, i0 + block_rows); i += kRows) {
+        const int64_t real_rows = std::min(kRows, count - i);
+        const Matrix<uint32_t> a{reinterpret_cast<const uint32_t*>(rows.words + i * rows.row), row,
+                                 kUnitSteps * F::kParts};
+        if constexpr (F::kSums == 1)
+          multiply_matrix_tiles(real_rows, columns, steps, a, b, nullptr, 0, sums, kTileColumns);
+        else if (columns > kPanel)
+          multiply_matrix_tile<Sum, 2, 2>(steps, a, b, nullptr, 0, sums, kTileColumns);
+        else
+          multiply_matrix_tile<Sum, 2, 1>(steps, a, b, nullptr, 0, sums, kTileColumns);
+        for (int64_t r = 0; r < real_rows; ++r) {
+          float line[kTileColumns];
+          for (int64_t c = 0; c < columns; c += kLanes<float>) {
+            Vec<Sum> sum[F::kSums];
+            for (int64_t half = 0; half < F::kSums; ++half)
+              std::memcpy(&sum[half], sums + (half * kUnitSteps + r) * kTileColumns + c,
+                          sizeof sum[half]);
+            store(line + c,
+                  F::finish(sum, rows.scale[i + r], {m.scale + first + c, m.sum + first + c}));
+          }
+          finish_row<F>(out, line, m.bias + first, std::min(columns, out.stride - first),
+                        out.y + (i + r) * out.stride, first);
+        }
       }
     }
 }

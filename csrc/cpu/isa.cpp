@@ -17,11 +17,11 @@
 namespace gpt_ext::cpu {
 namespace {
 
-// Whether the CPU has matrix tiles of bfloat16, and the system lets this process use them, which is
-// to be asked for once: they enlarge what a thread's state takes.
+// Whether the CPU has matrix tiles of bfloat16 and int8, and the system lets this process use them,
+// which is to be asked for once: they enlarge what a thread's state takes.
 [[maybe_unused]] bool may_use_matrix_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
-  constexpr unsigned kTiles = bit_AMX_TILE | bit_AMX_BF16;
+  constexpr unsigned kTiles = bit_AMX_TILE | bit_AMX_BF16 | bit_AMX_INT8;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl; of the state
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kTiles) == kTiles &&

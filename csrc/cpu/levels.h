@@ -53,9 +53,9 @@ GPT_EXT_BEGIN_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx
 #include "cpu/level.h"
 GPT_EXT_END_TARGET
 
-// Advanced Matrix Extensions: products of whole tiles of bfloat16.
+// Advanced Matrix Extensions: products of whole tiles of bfloat16 or int8.
 GPT_EXT_BEGIN_TARGET(
-    "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,amx-tile,amx-bf16")
+    "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,amx-tile,amx-bf16,amx-int8")
 #define GPT_EXT_SIMD_LEVEL amx
 #define GPT_EXT_VECTOR_BYTES 64
 #define GPT_EXT_REGISTERS 32

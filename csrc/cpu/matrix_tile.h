@@ -1,6 +1,7 @@
 // Which arithmetic products of matrices take; and the micro-kernel of a level whose registers hold
 // whole tiles of matrices (Intel's Advanced Matrix Extensions, AMX): one instruction multiplies 16
-// rows of 32 bfloat16 by 32 rows of 16, and adds onto 16 x 16 sums in float32.
+// rows of 32 bfloat16 by 32 rows of 16, and adds onto 16 x 16 sums in float32; or rows of 64 bytes,
+// those from the left without sign, onto sums in int32.
 // Included once a level by level.h.
 
 namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
@@ -47,11 +48,18 @@ struct MatrixTileRight {
 };
 
 // Sums (16 kRows, 16 kColumns) at `to`, rows to_row apart: of those at `from`, unless null, and a
-// (16 kRows, steps) times b (steps, 16 kColumns).
-template <int kRows, int kColumns>
+// (16 kRows, steps) times b (steps, 16 kColumns); of bfloat16 in float32 or of bytes in int32. The
+// second 16 rows of bytes are not below the first but beside them, unit by unit.
+template <class Sum, int kRows, int kColumns>
 GPT_EXT_INLINE void multiply_matrix_tile(int64_t steps, Matrix<uint32_t> tile,
-                                         MatrixTileRight right, const float* from, int64_t from_row,
-                                         float* to, int64_t to_row) {
+                                         MatrixTileRight right, const Sum* from, int64_t from_row,
+                                         Sum* to, int64_t to_row) {
+#define GPT_EXT_TILE_MULTIPLY_ADD(sum, a, b) \
+  if constexpr (kBytes)                      \
+    _tile_dpbusd(sum, a, b);                 \
+  else                                       \
+    _tile_dpbf16ps(sum, a, b)
+  constexpr bool kBytes = std::is_same_v<Sum, int32_t>;
   constexpr int64_t kSide = Bf16Tiles::kStepUnit;
   const uint32_t *a = tile.data, *b = right.data;
   const int64_t a_row = tile.row * sizeof *a, b_row = right.row * sizeof *b;
@@ -76,30 +84,34 @@ GPT_EXT_INLINE void multiply_matrix_tile(int64_t steps, Matrix<uint32_t> tile,
   for (int64_t k = 0; k < steps; k += kSide, a += tile.column, b = below(b, b_row)) {
     _tile_loadd(4, a, a_row);
     _tile_loadd(6, b, b_row);
-    _tile_dpbf16ps(0, 4, 6);
+    GPT_EXT_TILE_MULTIPLY_ADD(0, 4, 6);
     if constexpr (kColumns > 1) {
       _tile_loadd(7, b + right.half, b_row);
-      _tile_dpbf16ps(1, 4, 7);
+      GPT_EXT_TILE_MULTIPLY_ADD(1, 4, 7);
     }
     if constexpr (kRows > 1) {
-      _tile_loadd(5, below(a, a_row), a_row);
-      _tile_dpbf16ps(2, 5, 6);
+      const uint32_t* second = kBytes ? a + kSide : below(a, a_row);
+      _tile_loadd(5, second, a_row);
+      GPT_EXT_TILE_MULTIPLY_ADD(2, 5, 6);
     }
-    if constexpr (kRows > 1 && kColumns > 1) _tile_dpbf16ps(3, 5, 7);
+    if constexpr (kRows > 1 && kColumns > 1) {
+      GPT_EXT_TILE_MULTIPLY_ADD(3, 5, 7);
+    }
   }
   _tile_stored(0, to, to_row);
   if constexpr (kColumns > 1) _tile_stored(1, to + kSide, to_row);
   if constexpr (kRows > 1) _tile_stored(2, below(to, to_row), to_row);
   if constexpr (kRows > 1 && kColumns > 1) _tile_stored(3, below(to, to_row) + kSide, to_row);
+#undef GPT_EXT_TILE_MULTIPLY_ADD
 }
 
-// The same for up to 32 rows and 32 columns, of these 16 or all.
+// The same, in bfloat16, for up to 32 rows and 32 columns, of these 16 or all.
 inline void multiply_matrix_tiles(int64_t rows, int64_t columns, int64_t steps, Matrix<uint32_t> a,
                                   MatrixTileRight b, const float* from, int64_t from_row, float* to,
                                   int64_t to_row) {
   constexpr int64_t kSide = Bf16Tiles::kStepUnit;
   const auto run = [&]<int kRows, int kColumns>() {
-    multiply_matrix_tile<kRows, kColumns>(steps, a, b, from, from_row, to, to_row);
+    multiply_matrix_tile<float, kRows, kColumns>(steps, a, b, from, from_row, to, to_row);
   };
   if (rows > kSide)
     columns > kSide ? run.template operator()<2, 2>() : run.template operator()<2, 1>();
