@@ -51,6 +51,28 @@ def test_an_error_in_packing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         GPT(5, 8, 8, 1, 1).generate(torch.zeros(1, 1, dtype=torch.int64), 3)
 
 
+def test_a_thread_has_one_helper_while_it_lives() -> None:
+    helpers: list[threading.Thread] = []
+
+    def run() -> None:
+        helpers.extend(engine.interruptibly(threading.current_thread) for _ in range(2))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert helpers[0] is helpers[1] is not engine.interruptibly(threading.current_thread)
+    helpers[0].join(timeout=10)
+    assert not helpers[0].is_alive()
+
+
+def test_the_helper_hears_of_set_num_threads() -> None:
+    before = torch.get_num_threads()
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        assert engine.interruptibly(torch.get_num_threads) == count
+    torch.set_num_threads(before)
+
+
 def test_other_threads_run_meanwhile_and_calls_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT(50, 512, 256, 4, 4).eval()
     calls: list[float] = []
