@@ -8,7 +8,7 @@ namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
 // Queries, or keys, a block. Whole tiles, so that no tile straddles the edge of a block; and a row
 // of 144 float32 is 9 cache lines, an odd number, so that a column spreads over all sets of L1.
-// Of matrix tiles, whole ones, 128 at the least, which the seed's context takes.
+// Of matrix tiles 128, whole ones, which is the seed's context.
 template <class E>
 constexpr int64_t kBlock = E::kStepUnit > 1 ? 128 : 144;
 static_assert(kBlock<Elements<float>> % kTileRows == 0 &&

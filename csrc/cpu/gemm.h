@@ -155,7 +155,7 @@ __attribute__((noinline)) void multiply_panel(int64_t i0, int64_t rows, int64_t 
 // (96 x 768, 295 KB), stay in L2 with a panel's block of B (at 64 columns 128 KB). Up to 1024 steps
 // are one block, and there are no partial sums.
 constexpr int64_t kBlockRows = 96, kBlockColumns = 768, kBlockSteps = 512;
-static_assert(kBlockRows % kTileRows == 0 && kBlockRows % 32 == 0);
+static_assert(kBlockRows % kTileRows == 0 && kBlockRows % Bf16Products::kRows == 0);
 static_assert(kBlockColumns % kTileColumns<float> == 0);
 
 // Blocks of steps. Sums must not depend on how many threads there are: only the blocks of C may.
@@ -175,6 +175,7 @@ Split split_steps(int64_t steps) {
 struct BlocksOfC {
   int64_t rows, columns;
 };
+// Rows at most: of matrix tiles more, for B, which they wait for, is then read less often.
 template <class E>
 constexpr int64_t kRowsOfC = E::kStepUnit > 1 ? 256 : kBlockRows;
 template <class E>

@@ -1,18 +1,12 @@
-// The AVX-512-BF16 level of the kernels, with AVX2 instructions: vectors of 64 bytes, which the
-// compiler splits in two, and twins of the intrinsics that the level names. So the level's own
-// tiles, tails, masks and pairs of bf16 are tested on any x86-64 machine with AVX2. Found before
-// csrc/cpu/levels.h on the include path; the level takes the place of avx2.
+// The AVX-512-BF16 and AMX levels of the kernels, with AVX2 instructions: vectors of 64 bytes,
+// which the compiler splits in two, and twins of the intrinsics that the levels name. So the
+// levels' own tiles, tails, masks and pairs of bf16 are tested on any x86-64 machine with AVX2.
+// Found before csrc/cpu/levels.h on the include path; AMX takes the place of scalar, AVX-512-BF16
+// that of avx2.
 
 #define GPT_EXT_SIMD_LEVELS(X, op) X(scalar, op) X(avx2, op)
 
 #ifdef GPT_EXT_KERNEL_FILE
-
-#define GPT_EXT_SIMD_LEVEL scalar
-#define GPT_EXT_VECTOR_BYTES 0
-#define GPT_EXT_REGISTERS 16
-#define GPT_EXT_BF16_DOT 0
-#define GPT_EXT_INT8_DOT 0
-#include "cpu/level.h"
 
 GPT_EXT_BEGIN_TARGET("avx2,fma")
 
@@ -99,8 +93,94 @@ inline __m512i dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
   return sum;
 }
 
+// The matrix tiles of a thread: eight of 16 rows of 64 bytes, once that shape is set, until they
+// are let go.
+struct Tile {
+  std::byte row[16][64];
+};
+inline thread_local Tile tiles[8];
+inline thread_local bool tiles_are_set = false;
+
+inline Tile& tile(int number) {
+  if (!tiles_are_set) std::abort();
+  return tiles[number];
+}
+
+inline void tile_loadconfig(const void* shape) {
+  const auto* bytes = static_cast<const uint8_t*>(shape);
+  for (int t = 0; t < 8; ++t)
+    if (bytes[0] != 1 || bytes[16 + 2 * t] != 64 || bytes[48 + t] != 16) std::abort();
+  std::memset(tiles, 0, sizeof tiles);
+  tiles_are_set = true;
+}
+inline void tile_release() { tiles_are_set = false; }
+inline void tile_zero(int number) { tile(number) = {}; }
+inline void tile_loadd(int number, const void* from, int64_t stride) {
+  for (int i = 0; i < 16; ++i)
+    std::memcpy(tile(number).row[i], static_cast<const std::byte*>(from) + i * stride, 64);
+}
+inline void tile_stored(int number, void* to, int64_t stride) {
+  for (int i = 0; i < 16; ++i)
+    std::memcpy(static_cast<std::byte*>(to) + i * stride, tile(number).row[i], 64);
+}
+
+// sums (16, 16) += f(words of a row of a, words of a column of b).
+template <class Sum, class F>
+void multiply_tiles(int sums, int a, int b, const F& f) {
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) {
+      uint32_t left[16], right[16];
+      Sum sum;
+      std::memcpy(left, tile(a).row[i], sizeof left);
+      for (int k = 0; k < 16; ++k) std::memcpy(right + k, tile(b).row[k] + 4 * j, 4);
+      std::memcpy(&sum, tile(sums).row[i] + 4 * j, 4);
+      sum += f(left, right);
+      std::memcpy(tile(sums).row[i] + 4 * j, &sum, 4);
+    }
+}
+
+// tdpbf16ps: even and odd elements are summed apart.
+inline void tile_dpbf16ps(int sums, int a, int b) {
+  multiply_tiles<float>(sums, a, b, [](const uint32_t* left, const uint32_t* right) {
+    float even = 0, odd = 0;
+    for (int k = 0; k < 16; ++k) {
+      bf16 x[2], y[2];
+      std::memcpy(x, left + k, 4);
+      std::memcpy(y, right + k, 4);
+      even += to_float(x[0]) * to_float(y[0]);
+      odd += to_float(x[1]) * to_float(y[1]);
+    }
+    return even + odd;
+  });
+}
+
+// tdpbusd: bytes without sign times bytes with it; the sum wraps.
+inline void tile_dpbusd(int sums, int a, int b) {
+  multiply_tiles<uint32_t>(sums, a, b, [](const uint32_t* left, const uint32_t* right) {
+    uint8_t x[64];
+    int8_t y[64];
+    std::memcpy(x, left, sizeof x);
+    std::memcpy(y, right, sizeof y);
+    uint32_t sum = 0;
+    for (int k = 0; k < 64; ++k) sum += static_cast<uint32_t>(x[k] * y[k]);
+    return sum;
+  });
+}
+
 }  // namespace gpt_ext::cpu::avx512_twin
 
+#undef _tile_zero
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_dpbf16ps
+#undef _tile_dpbusd
+#define _tile_loadconfig gpt_ext::cpu::avx512_twin::tile_loadconfig
+#define _tile_release gpt_ext::cpu::avx512_twin::tile_release
+#define _tile_zero gpt_ext::cpu::avx512_twin::tile_zero
+#define _tile_loadd gpt_ext::cpu::avx512_twin::tile_loadd
+#define _tile_stored gpt_ext::cpu::avx512_twin::tile_stored
+#define _tile_dpbf16ps gpt_ext::cpu::avx512_twin::tile_dpbf16ps
+#define _tile_dpbusd gpt_ext::cpu::avx512_twin::tile_dpbusd
 #define _mm512_maskz_mul_epu32 gpt_ext::cpu::avx512_twin::mul_epu32
 #define _mm512_cvtneps_pbh gpt_ext::cpu::avx512_twin::cvtneps_pbh
 #define _mm512_cvtne2ps_pbh gpt_ext::cpu::avx512_twin::cvtne2ps_pbh
@@ -111,11 +191,20 @@ inline __m512i dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
 #define _mm512_mask_storeu_ps gpt_ext::cpu::avx512_twin::mask_storeu_ps
 #define _mm512_dpbf16_ps gpt_ext::cpu::avx512_twin::dpbf16_ps
 
+#define GPT_EXT_SIMD_LEVEL scalar
+#define GPT_EXT_VECTOR_BYTES 64
+#define GPT_EXT_REGISTERS 32
+#define GPT_EXT_BF16_DOT 1
+#define GPT_EXT_INT8_DOT 1
+#define GPT_EXT_MATRIX_TILES 1
+#include "cpu/level.h"
+
 #define GPT_EXT_SIMD_LEVEL avx2
 #define GPT_EXT_VECTOR_BYTES 64
 #define GPT_EXT_REGISTERS 32
 #define GPT_EXT_BF16_DOT 1
 #define GPT_EXT_INT8_DOT 1
+#define GPT_EXT_MATRIX_TILES 0
 #include "cpu/level.h"
 GPT_EXT_END_TARGET
 
