@@ -30,6 +30,7 @@ TEST(attention_at_every_level) {
     }
     check_attention(Cpu{}, {DType::kFloat32, 1, 257, 1, 42, HeadsLayout::kHeadMajor});
     check_attention(Cpu{}, {DType::kFloat32, 1, 500, 1, 20, HeadsLayout::kPacked, 0.1});
+    check_attention(Cpu{}, {DType::kBFloat16, 1, 301, 1, 42, HeadsLayout::kPacked, 0.1});
   });
 }
 
