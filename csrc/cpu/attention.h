@@ -198,16 +198,9 @@ __attribute__((noinline)) void multiply_by_matrix_tiles(int64_t rows, int64_t co
     Matrix<uint32_t> tile{a.data + i * a.row + k * a.column, a.row, kUnit};
     if (a.column != 1) {  // its rows' steps are to lie side by side
       for (int64_t s = 0; s < count; s += kUnit)
-        for (int64_t r = 0; r < tile_rows; r += kUnit) {
-          Vec<uint32_t> square[kUnit];
-#pragma GCC unroll 16
-          for (int64_t t = 0; t < kUnit; ++t)
-            std::memcpy(&square[t], tile.data + (s + t) * a.column + r, sizeof square[t]);
-          transpose<uint32_t>(square);
-#pragma GCC unroll 16
-          for (int64_t t = 0; t < kUnit; ++t)
-            store(strip + s * E::kRows + (r + t) * kUnit, square[t]);
-        }
+        for (int64_t r = 0; r < tile_rows; r += kUnit)
+          transpose(tile.data + s * a.column + r, a.column, strip + s * E::kRows + r * kUnit,
+                    kUnit);
       tile = {strip, kUnit, E::kRows * kUnit};
     }
     for (int64_t j = 0; j < end; j += E::kColumns) {

@@ -74,8 +74,7 @@ struct BackwardScratch {
 
   BackwardScratch(std::byte* memory, const AttentionProblem& problem) {
     const int64_t dim = problem.dim, steps = steps_of_depth<E>(dim);
-    // Matrix tiles are read whole.
-    const int64_t time = (problem.time + E::kRows - 1) / E::kRows * E::kRows;
+    const int64_t time = whole_tiles<E>(problem.time);
     const int64_t left = row_stride<Operand>(steps), right = row_stride<Operand>(dim);
     const int64_t row = row_stride<Sum>(dim);
     Carver carver(memory);

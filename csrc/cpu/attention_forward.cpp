@@ -39,7 +39,7 @@ struct ForwardScratch {
   ForwardScratch(std::byte* memory, int64_t rows, int64_t dim) {
     const int64_t steps = steps_of_depth<E>(dim);
     Carver carver(memory);
-    rows = (rows + E::kRows - 1) / E::kRows * E::kRows;              // matrix tiles are read whole
+    rows = whole_tiles<E>(rows);
     q = carver.take<Operand>(rows * row_stride<Operand>(steps));     // (rows, D)
     k_t = carver.take<Operand>(steps * kBlock<E>);                   // K^T (D, keys)
     v = carver.take<Operand>(kBlock<E> * row_stride<Operand>(dim));  // V (keys, D)

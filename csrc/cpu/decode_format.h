@@ -17,9 +17,6 @@ struct OutputScales {
 template <WeightFormat>
 struct Format;
 
-// Steps that a matrix tile takes at once.
-constexpr int64_t kUnitSteps = 16;
-
 // Where operand `part` of step k lies in a row of them. For matrix tiles those of a unit of steps
 // lie side by side, part by part.
 template <class F>

@@ -30,9 +30,9 @@ Element element_of(WeightFormat format) {
     case WeightFormat::kFloat32:
       return {1, 4, 1};
     case WeightFormat::kBFloat16:
-      return {2, 2, 16};
+      return {2, 2, kUnitSteps};
     case WeightFormat::kInt8:
-      return {4, 1, 16};
+      return {4, 1, kUnitSteps};
   }
   throw Error("unknown weight format");
 }

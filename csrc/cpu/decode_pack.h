@@ -19,6 +19,9 @@ constexpr int64_t kPanel = kDecodeAlign;  // outputs a panel
 constexpr int64_t kGroup = 4;             // panels, of which a matrix has whole groups: as many as
                                           // the widest tile of a product takes
 
+// Steps that a matrix tile takes at once.
+constexpr int64_t kUnitSteps = 16;
+
 struct PackedMatrix {
   const std::byte* panels;
   // (panels of outputs)

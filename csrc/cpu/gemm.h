@@ -14,71 +14,6 @@ inline int64_t equal_part(int64_t n, int64_t most) {
   return (n + parts - 1) / parts;
 }
 
-// A call through a pointer: it compiles gemm's loops once, not once a caller.
-template <class Result, class... Arguments>
-struct Callback {
-  const void* object;
-  Result (*function)(const void*, Arguments...);
-
-  template <class F>
-  Callback(const F& f)
-      : object(&f), function([](const void* object, Arguments... arguments) {
-          return (*static_cast<const F*>(object))(arguments...);
-        }) {}
-  Result operator()(Arguments... arguments) const { return function(object, arguments...); }
-};
-
-// A matrix, in bytes, of which a part is fetched while tiles are computed, ahead of its use.
-struct Touched {
-  const std::byte* data;
-  int64_t row, element;
-
-  GPT_EXT_INLINE void prefetch(int64_t i, int64_t rows, int64_t j, int64_t columns) const {
-    constexpr int64_t kLine = 64;
-    for (int64_t r = 0; r < rows; ++r) {
-      const std::byte* at = data + (i + r) * row + j * element;
-      for (int64_t byte = 0; byte < columns * element; byte += kLine) __builtin_prefetch(at + byte);
-    }
-  }
-};
-template <class T>
-Touched touched(const T* data, int64_t columns) {
-  return {reinterpret_cast<const std::byte*>(data), columns * int64_t{sizeof(T)}, sizeof(T)};
-}
-
-// epilogue(i, j, rows, columns, c) gets rows [i, i + rows) and columns [j, j + columns) of C, a
-// tile in L1, to write them where and as it likes: element (r, s) lies at c[r * kTileColumns<Sum> +
-// s]. j is a multiple of 4 and c padded to whole vectors.
-template <class E>
-struct Epilogue : Callback<void, int64_t, int64_t, int64_t, int64_t, const typename E::Sum*> {
-  Touched first{}, second{};
-
-  template <class F>
-  Epilogue(const F& f)
-      : Callback<void, int64_t, int64_t, int64_t, int64_t, const typename E::Sum*>(f) {
-    if constexpr (requires { f.first; }) this->first = f.first, this->second = f.second;
-  }
-};
-
-// A function with what it touches.
-template <class F>
-struct Touching : F {
-  Touched first, second;
-};
-template <class F>
-Touching<F> touching(const F& f, Touched first, Touched second = {}) {
-  return {f, first, second};
-}
-
-// f(r, j, x, part): the elements x from column j on of row r, for every vector of an epilogue's
-// tile.
-template <class Sum, class F>
-GPT_EXT_INLINE void for_tile(int64_t rows, int64_t columns, const Sum* c, const F& f) {
-  for (int64_t r = 0; r < rows; ++r)
-    for_columns<Sum>(
-        columns, [&](int64_t j, auto part) { f(r, j, load(c + r * kTileColumns<Sum> + j), part); });
-}
-
 // Sums over blocks of steps before the last one: row i of a block lies at data + i * row.
 template <class Sum>
 struct PartialSums {
@@ -116,16 +51,6 @@ __attribute__((noinline)) void multiply_panel(int64_t i0, int64_t rows, int64_t 
   for (int64_t i = 0; i < rows; i += E::kRows) {
     const int64_t tile_rows = std::min<int64_t>(E::kRows, rows - i);
     const auto* tile = a.data + i / E::kRows * a.tile;
-    int64_t k = 0;
-    const auto keep = [&](int64_t r, int64_t j, Vec<Sum> x) __attribute__((always_inline)) {
-      Sum* sums = partial.data + (i + r) * partial.row + j;
-      Sum* to = partial.last ? done + r * kTileColumns<Sum> + j : sums;
-      if (k > 0)
-        x += load(to);
-      else if (!partial.first)
-        x += load(sums);
-      store(to, x);
-    };
     ahead.a_few_rows();
     if (partial.last)
       for (const Touched* x : {&epilogue.first, &epilogue.second})
@@ -136,6 +61,16 @@ __attribute__((noinline)) void multiply_panel(int64_t i0, int64_t rows, int64_t 
                             partial.first ? nullptr : sums, partial.row, partial.last ? done : sums,
                             partial.last ? kTileColumns<Sum> : partial.row);
     } else {
+      int64_t k = 0;
+      const auto keep = [&](int64_t r, int64_t j, Vec<Sum> x) __attribute__((always_inline)) {
+        Sum* sums = partial.data + (i + r) * partial.row + j;
+        Sum* to = partial.last ? done + r * kTileColumns<Sum> + j : sums;
+        if (k > 0)
+          x += load(to);
+        else if (!partial.first)
+          x += load(sums);
+        store(to, x);
+      };
       with_tile_shape<Sum>(
           tile_rows, width, [&]<int kVectors>(auto tile_rows) __attribute__((always_inline)) {
             constexpr int64_t kRow = kVectors * kLanes<Sum>;
@@ -189,7 +124,7 @@ BlocksOfC blocks_of_c(int64_t rows, int64_t columns, int64_t panel, int64_t row_
   for (int64_t n = panels;; n = (n + 1) / 2) {
     for (int64_t m = std::clamp<int64_t>(most_rows / row_unit, 1, units); m > 0; --m) {
       const int64_t tasks = ((units + m - 1) / m) * ((panels + n - 1) / n);
-      const int64_t tiles = (m * row_unit + E::kRows - 1) / E::kRows;
+      const int64_t tiles = whole_tiles<E>(m * row_unit) / E::kRows;
       const int64_t cost = (tasks + threads - 1) / threads * (tiles + 1) * (n + 1);
       if (cost < least) least = cost, best = {m * row_unit, n * panel};
     }
@@ -237,7 +172,7 @@ struct BlockScratch {
     const Split blocks = split_steps<E>(steps);
     Carver carver(memory);
     row = std::min(kBlockColumns, round_up<typename E::Sum>(columns));
-    rows = (rows + E::kRows - 1) / E::kRows * E::kRows;  // matrix tiles are written whole
+    rows = whole_tiles<E>(rows);
     sums = carver.take<typename E::Sum>(blocks.count > 1 ? rows * row : 0);
     a = carver.take<typename E::Operand>((rows + E::kRows) *
                                          (round_up<typename E::Operand>(blocks.size) + 16));
@@ -253,7 +188,7 @@ FetchAhead fetch_ahead(const TilesOfBlock<E>& tiles, int64_t i0, int64_t rows, i
                        int64_t steps, int64_t columns) {
   if (!tiles.transposed.data || steps <= 0) return {};
   const int64_t count =
-      (columns + Panels<E>::kWidth - 1) / Panels<E>::kWidth * ((rows + E::kRows - 1) / E::kRows);
+      (columns + Panels<E>::kWidth - 1) / Panels<E>::kWidth * (whole_tiles<E>(rows) / E::kRows);
   const int64_t first = k * E::kDepth, all = steps * E::kDepth;
   return {tiles.transposed, first, first + all, (all + count - 1) / count, i0, rows};
 }
@@ -304,7 +239,7 @@ __attribute__((noinline)) void gemm_blocks(int64_t rows, const PanelBlocks<E>& b
                                            const TilesOfBlock<E>& tiles,
                                            const Epilogue<E>& epilogue, bool all_rows = false) {
   if (rows == 0 || b.columns == 0) return;
-  const int64_t row_unit = all_rows ? (rows + E::kRows - 1) / E::kRows * E::kRows : E::kRows;
+  const int64_t row_unit = all_rows ? whole_tiles<E>(rows) : E::kRows;
   const BlocksOfC block = blocks_of_c<E>(rows, b.columns, b.kWidth, row_unit, kRowsOfC<E>, true);
   const int64_t across = (b.columns + block.columns - 1) / block.columns;
   const int64_t down = (rows + block.rows - 1) / block.rows;

@@ -7,6 +7,7 @@
 #include "cpu/tile.h"
 #include "cpu/matrix_tile.h"
 #include "cpu/pack.h"
+#include "cpu/epilogue.h"
 #include "cpu/gemm.h"
 #include "cpu/norm.h"
 #include "cpu/linear.h"

@@ -209,17 +209,10 @@ Tiles<typename E::Operand> pack_matrix_tiles(Matrix<Storage> a, int64_t i0, int6
       for (int64_t t = 0; t < kSide; ++t)
         prefetch_rows<E>(a, i0, rows, k0 + s + t + kPrefetchSteps, depth);
       for (int64_t i = 0; i < rows; i += kSide) {
-        const int64_t count = std::min(kSide, rows - i);
         alignas(64) Operand joined[kSide * kSide];
-        join_rows<E>(Matrix<Storage>{a.data, a.column, 1}, depth, k0 + s, kSide, i0 + i, count,
-                     joined, kSide, map);
-        Vec<Operand> square[kSide];
-#pragma GCC unroll 16
-        for (int64_t t = 0; t < kSide; ++t) std::memcpy(&square[t], joined + t * kSide, 64);
-        transpose<Operand>(square);
-#pragma GCC unroll 16
-        for (int64_t r = 0; r < kSide; ++r)
-          if (r < count) store(line(i + r, s), square[r]);
+        join_rows<E>(Matrix<Storage>{a.data, a.column, 1}, depth, k0 + s, kSide, i0 + i,
+                     std::min(kSide, rows - i), joined, kSide, map);
+        transpose(joined, kSide, line(i, s), kSide);
       }
     }
   return {memory, E::kRows * steps, kSide, kUnit};

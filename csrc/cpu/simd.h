@@ -182,6 +182,18 @@ GPT_EXT_INLINE void transpose(Vec<T> (&x)[kLanes<T>]) {
   }
 }
 
+// The same from memory to memory, rows from_row and to_row apart.
+template <class T>
+GPT_EXT_INLINE void transpose(const T* from, int64_t from_row, T* to, int64_t to_row) {
+  Vec<T> square[kLanes<T>];
+#pragma GCC unroll 16
+  for (int64_t t = 0; t < kLanes<T>; ++t)
+    std::memcpy(&square[t], from + t * from_row, sizeof square[t]);
+  transpose<T>(square);
+#pragma GCC unroll 16
+  for (int64_t t = 0; t < kLanes<T>; ++t) store(to + t * to_row, square[t]);
+}
+
 template <class T>
 GPT_EXT_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;

@@ -84,6 +84,12 @@ struct Tiles {
   Tiles(Matrix<T> a) : Tiles(a.data, kTileRows * a.row, a.row, a.column) {}  // a as it is
 };
 
+// So many rows in whole tiles; matrix tiles are read and written whole.
+template <class E>
+constexpr int64_t whole_tiles(int64_t rows) {
+  return (rows + E::kRows - 1) / E::kRows * E::kRows;
+}
+
 // An operand wherever it lies: a pair of bf16 may stand at an odd place.
 template <class T>
 GPT_EXT_INLINE T load_operand(const T* p) {
