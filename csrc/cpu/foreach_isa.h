@@ -18,7 +18,7 @@
   {                                                           \
     static constexpr decltype(&cpu::scalar::op) kLevels[] = { \
         GPT_EXT_SIMD_LEVELS(GPT_EXT_LEVEL_KERNEL, op)};       \
-    kLevels[cpu::simd_level_index()](params);                 \
+    kLevels[cpu::level_index(params)](params);                \
   }
 
 #ifdef GPT_EXT_KERNEL_FILE
@@ -43,8 +43,8 @@
 #include "common/philox.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
-#include "cpu/storage.h"
 #include "ops/attention.h"
+#include "ops/linear.h"
 
 // Target options from here to GPT_EXT_END_TARGET.
 #define GPT_EXT_PRAGMA(text) _Pragma(#text)
@@ -60,3 +60,24 @@
 #endif  // GPT_EXT_KERNEL_FILE
 
 #include "cpu/levels.h"
+
+#ifdef GPT_EXT_KERNEL_FILE
+
+namespace gpt_ext::cpu {
+
+// The level that computes p: the one in use, or where that is there for bfloat16 alone, and p's
+// products are of another type, the last one before it that is not.
+template <class Params>
+int level_index(const Params& p) {
+  DType dtype = DType::kBFloat16;
+  if constexpr (requires { p.problem.precision; })
+    dtype = p.problem.precision.product;
+  else if constexpr (requires { p.problem.dtype; })
+    dtype = p.problem.dtype;
+  const int level = simd_level_index();
+  return dtype == DType::kBFloat16 ? level : std::min(level, GPT_EXT_LAST_OF_ALL_TYPES);
+}
+
+}  // namespace gpt_ext::cpu
+
+#endif  // GPT_EXT_KERNEL_FILE

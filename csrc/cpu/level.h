@@ -1,6 +1,7 @@
 // One SIMD level of one kernel file: what the level offers, each header building on the one before
 // it, then the kernels themselves. Included by foreach_isa.h alone.
 // clang-format off
+#include "cpu/storage.h"
 #include "cpu/simd.h"
 #include "cpu/math.h"
 #include "cpu/dropout.h"
@@ -20,3 +21,4 @@
 #undef GPT_EXT_BF16_DOT
 #undef GPT_EXT_INT8_DOT
 #undef GPT_EXT_MATRIX_TILES
+#undef GPT_EXT_BF16_ALONE

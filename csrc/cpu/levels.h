@@ -1,13 +1,19 @@
 // The SIMD levels: their names, what each may use, and the kernels compiled for it. Included by
 // foreach_isa.h alone, at its end.
+//
+// GPT_EXT_BF16_ALONE: what a level adds is for bfloat16 (and the engine's int8). Its kernels of
+// other types would be those of the last level of all types over again, so they are not compiled.
 
 #if defined(__x86_64__)
 #define GPT_EXT_SIMD_LEVELS(X, op) \
   X(scalar, op) X(avx2, op) X(avx512, op) X(avx512_bf16, op) X(amx, op)
+#define GPT_EXT_LAST_OF_ALL_TYPES 2
 #elif defined(__aarch64__)
 #define GPT_EXT_SIMD_LEVELS(X, op) X(scalar, op) X(neon, op)
+#define GPT_EXT_LAST_OF_ALL_TYPES 1
 #else
 #define GPT_EXT_SIMD_LEVELS(X, op) X(scalar, op)
+#define GPT_EXT_LAST_OF_ALL_TYPES 0
 #endif
 
 #ifdef GPT_EXT_KERNEL_FILE
@@ -18,6 +24,7 @@
 #define GPT_EXT_BF16_DOT 0
 #define GPT_EXT_INT8_DOT 0
 #define GPT_EXT_MATRIX_TILES 0
+#define GPT_EXT_BF16_ALONE 0
 #include "cpu/level.h"
 
 #if defined(__x86_64__)
@@ -29,6 +36,7 @@ GPT_EXT_BEGIN_TARGET("avx2,fma")
 #define GPT_EXT_BF16_DOT 0
 #define GPT_EXT_INT8_DOT 0
 #define GPT_EXT_MATRIX_TILES 0
+#define GPT_EXT_BF16_ALONE 0
 #include "cpu/level.h"
 GPT_EXT_END_TARGET
 
@@ -39,6 +47,7 @@ GPT_EXT_BEGIN_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
 #define GPT_EXT_BF16_DOT 0
 #define GPT_EXT_INT8_DOT 0
 #define GPT_EXT_MATRIX_TILES 0
+#define GPT_EXT_BF16_ALONE 0
 #include "cpu/level.h"
 GPT_EXT_END_TARGET
 
@@ -50,6 +59,7 @@ GPT_EXT_BEGIN_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx
 #define GPT_EXT_BF16_DOT 1
 #define GPT_EXT_INT8_DOT 1
 #define GPT_EXT_MATRIX_TILES 0
+#define GPT_EXT_BF16_ALONE 1
 #include "cpu/level.h"
 GPT_EXT_END_TARGET
 
@@ -62,6 +72,7 @@ GPT_EXT_BEGIN_TARGET(
 #define GPT_EXT_BF16_DOT 1
 #define GPT_EXT_INT8_DOT 1
 #define GPT_EXT_MATRIX_TILES 1
+#define GPT_EXT_BF16_ALONE 1
 #include "cpu/level.h"
 GPT_EXT_END_TARGET
 
@@ -73,6 +84,7 @@ GPT_EXT_END_TARGET
 #define GPT_EXT_BF16_DOT 0
 #define GPT_EXT_INT8_DOT 0
 #define GPT_EXT_MATRIX_TILES 0
+#define GPT_EXT_BF16_ALONE 0
 #include "cpu/level.h"
 
 #endif

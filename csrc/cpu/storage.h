@@ -1,26 +1,16 @@
-// The element types a CPU kernel is compiled for.
-#pragma once
+// The element types a kernel is compiled for. Included once a level by level.h.
 
-#include "common/error.h"
-#include "common/numeric.h"
-#include "ops/linear.h"
-
-namespace gpt_ext::cpu {
+namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
 // f(double{}), f(float{}) or f(bf16{}): the type of the elements in memory.
 template <class F>
 void dispatch_storage(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return f(double{});
-    case DType::kFloat32:
-      return f(float{});
-    case DType::kBFloat16:
-      return f(bf16{});
-    case DType::kFloat16:
-      throw Error("float16 is computed on CUDA only; expected float64, float32 or bfloat16");
-  }
-  throw Error("unknown dtype");
+  if (dtype == DType::kBFloat16) return f(bf16{});
+#if !GPT_EXT_BF16_ALONE
+  if (dtype == DType::kFloat32) return f(float{});
+  if (dtype == DType::kFloat64) return f(double{});
+#endif
+  throw Error("float16 is computed on CUDA only; expected float64, float32 or bfloat16");
 }
 
 // f(stream, product): the element types of both dtypes of a Precision.
@@ -33,4 +23,4 @@ void dispatch_precision(Precision precision, F&& f) {
   dispatch_storage(precision.stream, [&](auto zero) { f(zero, zero); });
 }
 
-}  // namespace gpt_ext::cpu
+}  // namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL

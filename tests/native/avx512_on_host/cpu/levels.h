@@ -1,10 +1,11 @@
 // The AVX-512-BF16 and AMX levels of the kernels, with AVX2 instructions: vectors of 64 bytes,
 // which the compiler splits in two, and twins of the intrinsics that the levels name. So the
 // levels' own tiles, tails, masks and pairs of bf16 are tested on any x86-64 machine with AVX2.
-// Found before csrc/cpu/levels.h on the include path; AMX takes the place of scalar, AVX-512-BF16
+// Found before csrc/cpu/levels.h on the include path; AVX-512-BF16 takes the place of scalar, AMX
 // that of avx2.
 
 #define GPT_EXT_SIMD_LEVELS(X, op) X(scalar, op) X(avx2, op)
+#define GPT_EXT_LAST_OF_ALL_TYPES 0
 
 #ifdef GPT_EXT_KERNEL_FILE
 
@@ -196,7 +197,8 @@ inline void tile_dpbusd(int sums, int a, int b) {
 #define GPT_EXT_REGISTERS 32
 #define GPT_EXT_BF16_DOT 1
 #define GPT_EXT_INT8_DOT 1
-#define GPT_EXT_MATRIX_TILES 1
+#define GPT_EXT_MATRIX_TILES 0
+#define GPT_EXT_BF16_ALONE 0
 #include "cpu/level.h"
 
 #define GPT_EXT_SIMD_LEVEL avx2
@@ -204,7 +206,8 @@ inline void tile_dpbusd(int sums, int a, int b) {
 #define GPT_EXT_REGISTERS 32
 #define GPT_EXT_BF16_DOT 1
 #define GPT_EXT_INT8_DOT 1
-#define GPT_EXT_MATRIX_TILES 0
+#define GPT_EXT_MATRIX_TILES 1
+#define GPT_EXT_BF16_ALONE 1
 #include "cpu/level.h"
 GPT_EXT_END_TARGET
 
