@@ -26,18 +26,21 @@ float softmax_row(float* scores, int64_t n, int64_t end, float factor) {
   return 1 / reduce_sum<float>(total);
 }
 
+// Rows of a sequence that attend together.
+constexpr int64_t kRunRows = GPT_EXT_MATRIX_TILES ? kUnitSteps : kTileRows;
+
 struct AttentionScratch {
-  float *scores, *out, *inverse;  // (6, T'), (6, D'), (6)
+  float *scores, *out, *inverse;  // (run, T'), (run, D'), (run)
   OperandScratch queries;
   size_t bytes;
 
   AttentionScratch(std::byte* memory, int64_t positions, int64_t dim)
-      : queries(nullptr, dim, kTileRows) {
+      : queries(nullptr, dim, kRunRows) {
     Carver carver(memory);
-    scores = carver.take<float>(kTileRows * positions);
-    out = carver.take<float>(kTileRows * decode_align(dim));
-    inverse = carver.take<float>(kTileRows);
-    queries = OperandScratch(carver.take<std::byte>(queries.bytes), dim, kTileRows);
+    scores = carver.take<float>(kRunRows * positions);
+    out = carver.take<float>(kRunRows * decode_align(dim));
+    inverse = carver.take<float>(kRunRows);
+    queries = OperandScratch(carver.take<std::byte>(queries.bytes), dim, kRunRows);
     bytes = carver.used();
   }
 };
@@ -179,10 +182,8 @@ class Decoder {
     dispatch_format(model_.format, [&](auto format) {
       using F = decltype(format);
 #if GPT_EXT_MATRIX_TILES
-      // Of a single row int8's sums, which are exact, are taken faster by vectors.
       if constexpr (!std::is_same_v<F, Format<WeightFormat::kFloat32>>)
-        if (count > 1 || F::kSums == 1)
-          return product_by_matrix_tiles<F>(rows, count, m, panels, out);
+        if (count > 1) return product_by_matrix_tiles<F>(rows, count, m, panels, out, next);
 #endif
       product_typed<F>(rows, count, m, panels, out, next);
     });
@@ -240,11 +241,22 @@ class Decoder {
   // Rows from `first` on attend; where there is one of each sequence, its key is put there first.
   void attend(const Rank& rank, const DecodeRows& rows, int64_t index, int64_t first,
               bool one_each) const {
-    for_heads(rank, rows, first, kTileRows, [&](int64_t i, int64_t run, int64_t h) {
+    for_heads(rank, rows, first, kRunRows, [&](int64_t i, int64_t run, int64_t h) {
       const auto cache = head_cache(index, rows.sequence[i], h, run == 1 ? rank.size : 0);
       if (one_each) keep(i, run, rows.position[i], h, cache);
       attend_run(i, run, rows.position[i], h, cache, scratch(rank));
     });
+  }
+
+  // Rows times the keys or values of a head, to y (rows, stride).
+  template <class F>
+  static void multiply_cache(const Operands& rows, int64_t count, const PackedMatrix& m,
+                             Range panels, float* y, int64_t stride) {
+#if GPT_EXT_MATRIX_TILES
+    if constexpr (std::is_same_v<Storage, bf16>)
+      if (count > 1) return attention_by_matrix_tiles(rows, count, m, panels, y, stride);
+#endif
+    product_typed<F>(rows, count, m, panels, {ProductOut::kRaw, y, stride});
   }
 
   // Rows [i, i + run), at `position` and after it.
@@ -257,14 +269,13 @@ class Decoder {
     const Operands queries =
         prepare<F>({qkv_ + i * qkv_row() + h * cache.dim, run, qkv_row(), nullptr, 0}, cache.dim,
                    {0, run}, s.queries, nullptr);
-    product_typed<F>(queries, run, cache.key_matrix(), {0, panels},
-                     {ProductOut::kRaw, s.scores, cache.positions});
+    multiply_cache<F>(queries, run, cache.key_matrix(), {0, panels}, s.scores, cache.positions);
     for (int64_t r = 0; r < run; ++r)
       s.inverse[r] =
           softmax_row<F>(s.scores + r * cache.positions, position + r + 1, panels * kPanel, factor);
     const PackedMatrix values = cache.value_matrix(keys);
-    product_typed<F>({s.scores, s.queries.scale, cache.positions}, run, values,
-                     {0, values.panel_count}, {ProductOut::kRaw, s.out, decode_align(cache.dim)});
+    multiply_cache<F>({s.scores, s.queries.scale, cache.positions}, run, values,
+                      {0, values.panel_count}, s.out, decode_align(cache.dim));
     dispatch_format(model_.format, [&](auto format) {
       for (int64_t r = 0; r < run; ++r) {
         auto* row =

@@ -71,6 +71,39 @@ __attribute__((noinline)) void tile(const typename F::Operand* const* a, const f
                       {w.outputs.scale + v * kLanes<float>, w.outputs.sum + v * kLanes<float>}));
 }
 
+#if GPT_EXT_MATRIX_TILES
+// The same of one row in bfloat16, rounded as matrix tiles round: in each unit of steps even and
+// odd elements are summed apart, then added to what the units before gave.
+template <int kPanels>
+__attribute__((noinline)) void row_in_order_of_matrix_tiles(const uint32_t* row, const bf16* panels,
+                                                            int64_t stride, int64_t steps,
+                                                            PanelsAhead ahead, float* out) {
+  const auto even_of = [](auto pairs) __attribute__((always_inline)) {
+    return (Vec<float>)(pairs << 16);
+  };
+  const auto odd_of = [](auto pairs) __attribute__((always_inline)) {
+    return (Vec<float>)(pairs & 0xFFFF0000);
+  };
+  Vec<float> sum[kPanels] = {};
+  for (int64_t first = 0; first < steps; first += kUnitSteps) {
+    Vec<float> even[kPanels] = {}, odd[kPanels] = {};
+    for (int64_t k = first; k < std::min(steps, first + kUnitSteps); ++k) {
+      const Vec<uint32_t> x = broadcast<uint32_t>(row[k]);
+#pragma GCC unroll 8
+      for (int p = 0; p < kPanels; ++p) {
+        if (ahead.panel) __builtin_prefetch(ahead.panel + p * ahead.stride + k * kLineBytes, 0, 2);
+        Vec<uint32_t> pairs;
+        std::memcpy(&pairs, panels + p * stride + k * kPanel * 2, sizeof pairs);
+        even[p] += even_of(x) * even_of(pairs);
+        odd[p] += odd_of(x) * odd_of(pairs);
+      }
+    }
+    for (int p = 0; p < kPanels; ++p) sum[p] += even[p] + odd[p];
+  }
+  for (int p = 0; p < kPanels; ++p) store(out + p * kPanel, sum[p]);
+}
+#endif
+
 // Panels a tile: of one row enough to hide the additions' latency, of many what the registers hold.
 constexpr int kOneRowPanels = std::max(1, 8 / kPanelVectors);
 template <class F>
@@ -101,35 +134,44 @@ struct ProductOut {
   Activation activation = Activation::kRelu;
 };
 
-// Asks for the lines of a row that finish_row writes, while their sums are computed.
+// Asks for the lines that finish_tile writes, while its sums are computed.
 template <class F>
-void prefetch_row(const ProductOut& out, const float* row, int64_t first, int64_t n) {
+void prefetch_tile(const ProductOut& out, int64_t row, int64_t rows, int64_t first,
+                   int64_t columns) {
   const int64_t bytes = out.finish == ProductOut::kActivate ? sizeof(typename F::Element) : 4;
-  const auto* line = reinterpret_cast<const std::byte*>(row) + first * bytes;
-  for (int64_t byte = 0; byte < n * bytes; byte += kLineBytes) __builtin_prefetch(line + byte);
+  for (int64_t r = row; r < row + rows; ++r) {
+    const auto* line = reinterpret_cast<const std::byte*>(out.y + r * out.stride) + first * bytes;
+    for (int64_t byte = 0; byte < columns * bytes; byte += kLineBytes)
+      __builtin_prefetch(line + byte, 1);
+  }
 }
 
-// n sums, whole panels, to columns from `first` on of `row`.
+// A tile of sums (rows, columns), whole vectors, `sums_row` apart, to rows from `row` on and
+// columns from `first` on.
 template <class F>
-void finish_row(const ProductOut& out, const float* sums, const float* bias, int64_t n, float* row,
-                int64_t first) {
-  float* to = row + first;
+__attribute__((noinline)) void finish_tile(const ProductOut& out, const float* sums,
+                                           int64_t sums_row, const float* bias, int64_t row,
+                                           int64_t rows, int64_t first, int64_t columns) {
   const auto each = [&](const auto& f) __attribute__((always_inline)) {
-    for (int64_t c = 0; c < n; c += kLanes<float>) f(load(sums + c) + load(bias + c), c);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < columns; c += kLanes<float>)
+        f(load(sums + r * sums_row + c) + load(bias + c), out.y + (row + r) * out.stride,
+          first + c);
   };
   switch (out.finish) {
     case ProductOut::kRaw:
-      std::memcpy(to, sums, n * sizeof *to);
+      for (int64_t r = 0; r < rows; ++r)
+        std::memcpy(out.y + (row + r) * out.stride + first, sums + r * sums_row,
+                    columns * sizeof *sums);
       return;
     case ProductOut::kStore:
-      return each([&](Vec<float> z, int64_t c) { store(to + c, z); });
+      return each([&](Vec<float> z, float* y, int64_t c) { store(y + c, z); });
     case ProductOut::kAdd:
-      return each([&](Vec<float> z, int64_t c) { store(to + c, load(to + c) + z); });
+      return each([&](Vec<float> z, float* y, int64_t c) { store(y + c, load(y + c) + z); });
     case ProductOut::kActivate:
-      auto* elements = reinterpret_cast<typename F::Element*>(row) + first;
       return dispatch_activation(out.activation, [&](auto activation) {
-        each([&](Vec<float> z, int64_t c) {
-          F::put(elements + c, activate<activation(), float>(z));
+        each([&](Vec<float> z, float* y, int64_t c) {
+          F::put(reinterpret_cast<typename F::Element*>(y) + c, activate<activation(), float>(z));
         });
       });
   }
@@ -197,6 +239,9 @@ void product_typed(const Operands& rows, int64_t count, const PackedMatrix& m, R
                    const ProductOut& out, PanelsAhead next = {}) {
   using Stored = typename F::Stored;
   using Operand = typename F::Operand;
+  // Many rows are for the matrix tiles.
+  constexpr bool kInTilesOrder =
+      GPT_EXT_MATRIX_TILES && std::is_same_v<F, Format<WeightFormat::kBFloat16>>;
   const int64_t steps = (m.depth + F::kDepth - 1) / F::kDepth;
   const int64_t stride = m.panel_bytes / static_cast<int64_t>(sizeof(Stored));
   const int64_t row_bytes = steps * F::kParts * static_cast<int64_t>(sizeof(Operand));
@@ -230,15 +275,17 @@ void product_typed(const Operands& rows, int64_t count, const PackedMatrix& m, R
       }
       const int64_t columns = std::min(kPanels * kPanel, out.stride - p * kPanel);
       const int64_t real_rows = std::min<int64_t>(kRows, block - i);
-      float* y = out.y + (i0 + i) * out.stride;
-      for (int64_t r = 0; far && r < real_rows; ++r)
-        prefetch_row<F>(out, y + r * out.stride, p * kPanel, columns);
-      tile<F, kRows, kPanels>(a, row_scale,
-                              {panel, stride, steps, {m.scale + p * kPanel, m.sum + p * kPanel}},
-                              ahead, sums);
-      for (int64_t r = 0; r < real_rows; ++r)
-        finish_row<F>(out, sums + r * kPanels * kPanel, m.bias + p * kPanel, columns,
-                      y + r * out.stride, p * kPanel);
+      if (far) prefetch_tile<F>(out, i0 + i, real_rows, p * kPanel, columns);
+#if GPT_EXT_MATRIX_TILES
+      if constexpr (kInTilesOrder)
+        row_in_order_of_matrix_tiles<kPanels>(a[0], panel, stride, steps, ahead, sums);
+      else
+#endif
+        tile<F, kRows, kPanels>(a, row_scale,
+                                {panel, stride, steps, {m.scale + p * kPanel, m.sum + p * kPanel}},
+                                ahead, sums);
+      finish_tile<F>(out, sums, kPanels * kPanel, m.bias + p * kPanel, i0 + i, real_rows,
+                     p * kPanel, columns);
     };
     const auto one = [&]<int kPanels>(int64_t p) { run.template operator()<1, kPanels>(p, 0); };
     const auto many = [&]<int kPanels>(int64_t p) {
@@ -247,60 +294,12 @@ void product_typed(const Operands& rows, int64_t count, const PackedMatrix& m, R
       for (; block - i >= 3; i += 4) run.template operator()<4, kPanels>(p, i);
       if (block - i > 0) run.template operator()<2, kPanels>(p, i);
     };
-    if (block == 1)
+    if (kInTilesOrder || block == 1)
       by_panels<kOneRowPanels>(panels, one);
-    else
+    else if constexpr (!kInTilesOrder)
       by_panels<kManyRowsPanels<F>>(panels, many);
   }
 }
-
-#if GPT_EXT_MATRIX_TILES
-// The same product by matrix tiles, of weights in bfloat16 or int8: of 32 rows, or of 16, whose two
-// parts are the tile's halves. One row's sums are what they are among many.
-template <class F>
-void product_by_matrix_tiles(const Operands& rows, int64_t count, const PackedMatrix& m,
-                             Range panels, const ProductOut& out) {
-  using Sum = typename F::Sum;
-  constexpr int64_t kTileColumns = 2 * kPanel, kRows = 2 * kUnitSteps / F::kSums;
-  constexpr int64_t kBytes = 1024 * 1024;  // of a block of rows: half of L2
-  const int64_t steps = m.panel_bytes / (kPanel * static_cast<int64_t>(sizeof(uint32_t)));
-  const int64_t stride = steps * kPanel, row_bytes = steps * F::kParts * sizeof(uint32_t);
-  const int64_t block_rows = std::max<int64_t>(1, kBytes / row_bytes / kRows) * kRows;
-  const int64_t row = count == 1 ? 0 : rows.row;  // one row is read 16 times, not its neighbours
-  const MatrixUnit<Bf16Tiles> unit;
-  alignas(64) Sum sums[2 * kUnitSteps * kTileColumns];
-  for (int64_t i0 = 0; i0 < count; i0 += block_rows)
-    for (int64_t p = panels.begin; p < panels.end; p += 2) {
-      const int64_t columns = std::min<int64_t>(2, panels.end - p) * kPanel, first = p * kPanel;
-      const MatrixTileRight b{reinterpret_cast<const uint32_t*>(m.panels) + p * stride, kPanel,
-                              stride};
-      for (int64_t i = i0; i < std::min(count, i0 + block_rows); i += kRows) {
-        const int64_t real_rows = std::min(kRows, count - i);
-        const Matrix<uint32_t> a{reinterpret_cast<const uint32_t*>(rows.words + i * rows.row), row,
-                                 kUnitSteps * F::kParts};
-        if constexpr (F::kSums == 1)
-          multiply_matrix_tiles(real_rows, columns, steps, a, b, nullptr, 0, sums, kTileColumns);
-        else if (columns > kPanel)
-          multiply_matrix_tile<Sum, 2, 2>(steps, a, b, nullptr, 0, sums, kTileColumns);
-        else
-          multiply_matrix_tile<Sum, 2, 1>(steps, a, b, nullptr, 0, sums, kTileColumns);
-        for (int64_t r = 0; r < real_rows; ++r) {
-          float line[kTileColumns];
-          for (int64_t c = 0; c < columns; c += kLanes<float>) {
-            Vec<Sum> sum[F::kSums];
-            for (int64_t half = 0; half < F::kSums; ++half)
-              std::memcpy(&sum[half], sums + (half * kUnitSteps + r) * kTileColumns + c,
-                          sizeof sum[half]);
-            store(line + c,
-                  F::finish(sum, rows.scale[i + r], {m.scale + first + c, m.sum + first + c}));
-          }
-          finish_row<F>(out, line, m.bias + first, std::min(columns, out.stride - first),
-                        out.y + (i + r) * out.stride, first);
-        }
-      }
-    }
-}
-#endif
 
 // f(Format<...>{}).
 template <class F>

@@ -23,6 +23,7 @@ void decode_generate(Cpu, const DecodeGenerate& p) { GPT_EXT_CALL_LEVEL(decode_g
 // clang-format off: each builds on those before it
 #include "cpu/decode_format.h"
 #include "cpu/decode_product.h"
+#include "cpu/decode_tiles.h"
 #include "cpu/decode_sample.h"
 #include "cpu/decode_cache.h"
 #include "cpu/decode_blocks.h"

@@ -3,6 +3,7 @@
 //
 // GPT_EXT_BF16_ALONE: what a level adds is for bfloat16 (and the engine's int8). Its kernels of
 // other types would be those of the last level of all types over again, so they are not compiled.
+// prfchw: a line that will be written is fetched as such; who has AVX-512 has it.
 
 #if defined(__x86_64__)
 #define GPT_EXT_SIMD_LEVELS(X, op) \
@@ -40,7 +41,7 @@ GPT_EXT_BEGIN_TARGET("avx2,fma")
 #include "cpu/level.h"
 GPT_EXT_END_TARGET
 
-GPT_EXT_BEGIN_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
+GPT_EXT_BEGIN_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prfchw")
 #define GPT_EXT_SIMD_LEVEL avx512
 #define GPT_EXT_VECTOR_BYTES 64
 #define GPT_EXT_REGISTERS 32
@@ -52,7 +53,7 @@ GPT_EXT_BEGIN_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
 GPT_EXT_END_TARGET
 
 // Whoever has instructions for bf16 has had VNNI before.
-GPT_EXT_BEGIN_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")
+GPT_EXT_BEGIN_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,prfchw")
 #define GPT_EXT_SIMD_LEVEL avx512_bf16
 #define GPT_EXT_VECTOR_BYTES 64
 #define GPT_EXT_REGISTERS 32
@@ -65,7 +66,8 @@ GPT_EXT_END_TARGET
 
 // Advanced Matrix Extensions: products of whole tiles of bfloat16 or int8.
 GPT_EXT_BEGIN_TARGET(
-    "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,amx-tile,amx-bf16,amx-int8")
+    "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,prfchw,amx-tile,amx-bf16,"
+    "amx-int8")
 #define GPT_EXT_SIMD_LEVEL amx
 #define GPT_EXT_VECTOR_BYTES 64
 #define GPT_EXT_REGISTERS 32

@@ -136,9 +136,7 @@ void attention_backward(Cuda backend, const AttentionBackward& p) {
     using T = typename decltype(element)::type;
     using Acc = cuda::Accumulator<T>;
     if constexpr (sizeof(T) == 2) {
-      if (p.problem.time <= cuda::kTinyTime && p.problem.dim <= cuda::kTinyDim) {
-        return cuda::launch_tiny_gradient<T>(backend, p);
-      }
+      if (cuda::is_tiny<T>(p.problem)) return cuda::launch_tiny_gradient<T>(backend, p);
     }
     const int64_t rows = cuda::all_heads(p.problem) * p.problem.time;
     cuda::launch(backend, "attention_backward: delta", cuda::attention_delta_kernel<T>,

@@ -1,12 +1,13 @@
 // Causal attention, forward: out = softmax(scale Q K^T) V and lse, for any head size and dtype.
 //
-// Two kernels of one method: a generic one, and FlashAttention-2's (Dao, 2023) on tensor cores for
-// the 16-bit types and, where tf32 is allowed, float32. A block computes one tile of queries of one
-// head, walking the tiles of keys from the first to the diagonal with the online softmax: it keeps,
-// for each row, the maximum m of the scores seen so far and the sums l = sum exp(s - m) and o = sum
-// exp(s - m) v, which it rescales whenever m grows. At the end out = o / l and lse = m + log l.
-// Scores live in registers, a tile at a time.
-#include "cuda/attention_tiles.cuh"
+// Two kernels of one method, besides that of short sequences (attention_tiny.cuh): a generic one,
+// and FlashAttention-2's (Dao, 2023) on tensor cores for the 16-bit types and, where tf32 is
+// allowed, float32. A block computes one tile of queries of one head, walking the tiles of keys
+// from the first to the diagonal with the online softmax: it keeps, for each row, the maximum m of
+// the scores seen so far and the sums l = sum exp(s - m) and o = sum exp(s - m) v, which it
+// rescales whenever m grows. At the end out = o / l and lse = m + log l. Scores live in registers,
+// a tile at a time.
+#include "cuda/attention_tiny.cuh"
 
 namespace gpt_ext::cuda {
 
@@ -213,6 +214,9 @@ void attention_forward(Cuda backend, const AttentionForward& p) {
   cuda::dispatch_dtype(p.problem.dtype, [&](auto element) {
     using T = typename decltype(element)::type;
     using Acc = cuda::Accumulator<T>;
+    if constexpr (sizeof(T) == 2) {
+      if (cuda::is_tiny<T>(p.problem)) return cuda::launch_tiny_forward<T>(backend, p);
+    }
     if constexpr (sizeof(T) <= 4) {
       if (cuda::on_tensor_cores<T>(p.problem.allow_tf32)) {
         return cuda::dispatch_padded_dim(p.problem.dim, [&](auto dim) {

@@ -1,10 +1,12 @@
-// The gradients of short sequences on tensor cores: T <= 128, D <= 64, a block a head, one kernel.
-// For the 16-bit types: in float32, a head and its P are more than kMaxSharedBytes.
+// Short sequences on tensor cores: T <= 128, D <= 64, a block a head, a kernel each way. For the
+// 16-bit types: in float32, a head and its P are more than kMaxSharedBytes.
 //
-// All of a head is in shared memory. A warp takes 16 queries and makes S and dP of all their keys
-// in registers: so it has whole rows of P and dP, and delta = rowsum(P dP) without `out`. It sums
-// dQ, and hands P, then dS, to the others by shared memory: where a warp takes 16 keys, and sums
-// dV, then dK. Each warp does the same work: who has few keys as queries has many queries as keys.
+// All of a head is in shared memory, read from global memory once. A warp takes 16 queries and
+// makes S of all their keys in registers: whole rows, whose softmax needs no second step.
+//
+// Backward it makes dP beside S, and so has delta = rowsum(P dP) without `out`. It sums dQ, and
+// hands P, then dS, to the others by shared memory: where a warp takes 16 keys, and sums dV, then
+// dK. Each warp does the same work: who has few keys as queries has many queries as keys.
 #pragma once
 
 #include "cuda/attention_tiles.cuh"
@@ -14,8 +16,117 @@ namespace gpt_ext::cuda {
 constexpr int kTinyTime = 128, kTinyDim = 64, kTinyWarps = kTinyTime / kWarpRows;
 constexpr int kTinyThreads = kTinyWarps * kWarpSize;
 
+// The dropout of a warp's elements of P: bit 4 (n % 8) + i of at[n / 8] is element i of 8 keys n.
+struct TinyKept {
+  uint32_t at[2] = {0xFFFFFFFFu, 0xFFFFFFFFu};
+
+  __device__ TinyKept(const Dropout<float>& dropout, int64_t head, int64_t query0) {
+    if (!dropout.on) return;
+    at[0] = kept_by_query<8>(dropout.mask, head, query0, 0);
+    if (query0 >= 64) at[1] = kept_by_query<8>(dropout.mask, head, query0, 64);
+  }
+  __device__ bool operator()(int n, int i) const { return at[n / 8] >> (4 * (n % 8) + i) & 1; }
+};
+
 template <class T, int kDim>
-struct TinyTiles {
+struct TinyForwardTiles {
+  WarpTile<T, kTinyTime, kDim> q, k, v;
+};
+
+// Two blocks a multiprocessor: while one waits for its head, the other multiplies.
+template <class T, int kDim>
+__global__ void __launch_bounds__(kTinyThreads, 2)
+    attention_tiny_forward_mma_kernel(const AttentionForward p) {
+  auto& shared = shared_memory<TinyForwardTiles<T, kDim>>();
+  const AttentionProblem& problem = p.problem;
+  const int64_t head = blockIdx.x, query0 = warp() * kWarpRows;
+  const Dropout<float> dropout(problem);
+  const float scale = static_cast<float>(problem.scale) * kLog2E;
+
+  copy_tile<kTinyThreads>(shared.q, head_matrix<T>(p.q, problem, head), 0, 0);
+  copy_tile<kTinyThreads>(shared.k, head_matrix<T>(p.k, problem, head), 0, 0);
+  commit_copies();
+  copy_tile<kTinyThreads>(shared.v, head_matrix<T>(p.v, problem, head), 0, 0);
+  commit_copies();
+  wait_copies<1>();
+  __syncthreads();  // q and k are whole
+
+  float s[2 * kTinyWarps][4] = {};  // S, then P
+#pragma unroll
+  for (int block = 0; block < kTinyWarps; ++block) {
+    if (block > warp()) break;
+#pragma unroll
+    for (int k = 0; k < kDim; k += 16) {
+      const Left q = load_left<false>(shared.q, query0, k);
+      const Rights keys = load_rights<true>(shared.k, k, block * 16);
+      multiply_add<T>(s[2 * block], q.at, keys.at[0]);
+      multiply_add<T>(s[2 * block + 1], q.at, keys.at[1]);
+    }
+  }
+  float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};  // of rows g and g + 8
+#pragma unroll
+  for (int n = 0; n < 2 * kTinyWarps; ++n) {
+    if (n / 2 > warp()) break;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool seen = n * 8 + element_column(i) <= query0 + element_row(i);
+      s[n][i] = seen ? scale * s[n][i] : -INFINITY;
+      maximum[i / 2] = fmaxf(maximum[i / 2], s[n][i]);
+    }
+  }
+#pragma unroll
+  for (float& max : maximum) {
+    for (int step = 1; step < 4; step *= 2)  // over the four lanes of a row
+      max = fmaxf(max, __shfl_xor_sync(0xFFFFFFFFu, max, step));
+    if (max == -INFINITY) max = 0;  // -inf - -inf is NaN
+  }
+  const TinyKept kept(dropout, head, query0);
+  Left probabilities[kTinyWarps];
+#pragma unroll
+  for (int block = 0; block < kTinyWarps; ++block) {
+    if (block > warp()) break;
+#pragma unroll
+    for (int n = 2 * block; n < 2 * block + 2; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s[n][i] = approximate_exp2(s[n][i] - maximum[i / 2]);
+        sum[i / 2] += s[n][i];
+        if (!kept(n, i)) s[n][i] = 0;
+      }
+    }
+    probabilities[block] = to_left<T>(&s[2 * block]);
+  }
+  wait_copies<0>();
+  __syncthreads();  // v is whole
+
+  float out[kDim / 8][4] = {};
+#pragma unroll
+  for (int block = 0; block < kTinyWarps; ++block) {
+    if (block > warp()) break;
+#pragma unroll
+    for (int n = 0; n < kDim / 8; n += 2) {
+      const Rights values = load_rights<false>(shared.v, block * 16, n * 8);
+      multiply_add<T>(out[n], probabilities[block].at, values.at[0]);
+      multiply_add<T>(out[n + 1], probabilities[block].at, values.at[1]);
+    }
+  }
+  float factor[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    for (int step = 1; step < 4; step *= 2)
+      sum[half] += __shfl_xor_sync(0xFFFFFFFFu, sum[half], step);
+    factor[half] = (dropout.on ? dropout.scale : 1) / sum[half];
+    const int64_t query = query0 + element_row(2 * half);
+    if (lane() % 4 == 0 && query < problem.time) {
+      static_cast<float*>(p.lse)[head * problem.time + query] =
+          kLn2 * maximum[half] + logf(sum[half]);
+    }
+  }
+  store_head<T>(p.out, problem, head, query0, 0, slab_over_own_rows(shared.q), out, factor);
+}
+
+template <class T, int kDim>
+struct TinyGradientTiles {
   WarpTile<T, kTinyTime, kDim> q, k, dout;
   union {
     WarpTile<T, kTinyTime, kDim> v;
@@ -59,7 +170,7 @@ __device__ void sum_over_queries(float (&c)[kTiles][4],
 template <class T, int kDim>
 __global__ void __launch_bounds__(kTinyThreads, 1)
     attention_tiny_gradient_mma_kernel(const AttentionBackward p) {
-  auto& shared = shared_memory<TinyTiles<T, kDim>>();
+  auto& shared = shared_memory<TinyGradientTiles<T, kDim>>();
   const AttentionProblem& problem = p.problem;
   const int64_t head = blockIdx.x, query0 = warp() * kWarpRows;
   const Dropout<float> dropout(problem);
@@ -99,20 +210,15 @@ __global__ void __launch_bounds__(kTinyThreads, 1)
                     ? static_cast<const float*>(p.lse)[head * problem.time + query] * kLog2E
                     : 0;
   }
-  uint32_t kept[2] = {0xFFFFFFFFu, 0xFFFFFFFFu};  // of the first 64 keys, and the others
-  if (dropout.on) {
-    kept[0] = kept_by_query<8>(dropout.mask, head, query0, 0);
-    if (query0 >= 64) kept[1] = kept_by_query<8>(dropout.mask, head, query0, 64);
-  }
+  const TinyKept kept(dropout, head, query0);
 #pragma unroll
   for (int n = 0; n < 2 * kTinyWarps; ++n) {
     if (n / 2 > warp()) break;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const bool seen = n * 8 + element_column(i) <= query0 + element_row(i);
-      const bool is_kept = kept[n / 8] >> (4 * (n % 8) + i) & 1;
       s[n][i] = seen ? approximate_exp2(scale * s[n][i] - lse[i / 2]) : 0;
-      dp[n][i] = is_kept ? kept_scale * dp[n][i] : 0;
+      dp[n][i] = kept(n, i) ? kept_scale * dp[n][i] : 0;
       delta[i / 2] += s[n][i] * dp[n][i];
     }
   }
@@ -128,9 +234,8 @@ __global__ void __launch_bounds__(kTinyThreads, 1)
     for (int n = 2 * block; n < 2 * block + 2; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const bool is_kept = kept[n / 8] >> (4 * (n % 8) + i) & 1;
         dp[n][i] = s[n][i] * (dp[n][i] - delta[i / 2]);
-        s[n][i] = is_kept ? s[n][i] : 0;
+        if (!kept(n, i)) s[n][i] = 0;
       }
     }
     dropped[block] = to_left<T>(&s[2 * block]);
@@ -166,15 +271,35 @@ __global__ void __launch_bounds__(kTinyThreads, 1)
   of_keys(ds, shared.q, p.dk, score_scale);
 }
 
+// Whether p is for the kernels here.
+template <class T>
+bool is_tiny(const AttentionProblem& p) {
+  return sizeof(T) == 2 && p.time <= kTinyTime && p.dim <= kTinyDim;
+}
+
+// f(D) for the width that p's heads are padded to.
+template <class F>
+void dispatch_tiny_dim(const AttentionProblem& p, const F& f) {
+  if (p.dim <= 48) return f(std::integral_constant<int, 48>{});
+  f(std::integral_constant<int, kTinyDim>{});
+}
+
+template <class T>
+void launch_tiny_forward(Cuda backend, const AttentionForward& p) {
+  dispatch_tiny_dim(p.problem, [&](auto dim) {
+    launch(backend, "attention_forward", attention_tiny_forward_mma_kernel<T, dim()>,
+           all_heads(p.problem) * (p.problem.time > 0), kTinyThreads,
+           sizeof(TinyForwardTiles<T, dim()>), p);
+  });
+}
+
 template <class T>
 void launch_tiny_gradient(Cuda backend, const AttentionBackward& p) {
-  const auto launch_padded = [&](auto dim) {
+  dispatch_tiny_dim(p.problem, [&](auto dim) {
     launch(backend, "attention_backward", attention_tiny_gradient_mma_kernel<T, dim()>,
-           all_heads(p.problem) * (p.problem.time > 0), kTinyThreads, sizeof(TinyTiles<T, dim()>),
-           p);
-  };
-  if (p.problem.dim <= 48) return launch_padded(std::integral_constant<int, 48>{});
-  launch_padded(std::integral_constant<int, kTinyDim>{});
+           all_heads(p.problem) * (p.problem.time > 0), kTinyThreads,
+           sizeof(TinyGradientTiles<T, dim()>), p);
+  });
 }
 
 }  // namespace gpt_ext::cuda

@@ -86,6 +86,7 @@ TEST(a_scale_of_ones_own) {
   check_case({DType::kFloat64, 1, 40, 1, 24, HeadsLayout::kContiguous, 0, -0.3});
   check_case({DType::kBFloat16, 1, 70, 1, 24, HeadsLayout::kContiguous, 0, 0.4});
   check_case({DType::kBFloat16, 1, 70, 1, 24, HeadsLayout::kContiguous, 0, -0.3});
+  check_case({DType::kBFloat16, 1, 130, 1, 24, HeadsLayout::kContiguous, 0, -0.3});
   check_case({DType::kBFloat16, 1, 70, 1, 24, HeadsLayout::kContiguous, 0, 1e-30});
   check_case(in_tf32({DType::kFloat32, 1, 70, 1, 24, HeadsLayout::kContiguous, 0, -0.3}));
 }
@@ -116,8 +117,10 @@ TEST(nothing_to_do) {
 
 // Scores of several hundred: exp would overflow without the running maximum.
 TEST(large_scores) {
-  for (const auto& [dtype, bound] : {std::pair{DType::kFloat32, 1e-3}, {DType::kBFloat16, 0.01}}) {
-    const AttentionCase c{dtype, 1, 100, 1, 64, HeadsLayout::kContiguous, 0, 40.0};
+  for (const auto& [dtype, time, bound] : {std::tuple{DType::kFloat32, 100, 1e-3},
+                                           {DType::kBFloat16, 100, 0.01},
+                                           {DType::kBFloat16, 130, 0.01}}) {
+    const AttentionCase c{dtype, 1, time, 1, 64, HeadsLayout::kContiguous, 0, 40.0};
     const AttentionInputs inputs = attention_inputs(c);
     const AttentionResult actual = run_attention(Cuda{}, c, inputs);
     const AttentionResult expected = reference_attention(c, inputs);
@@ -142,6 +145,7 @@ TEST(a_query_sees_no_later_token) {
   check_nothing_is_seen_ahead(c);
   check_nothing_is_seen_ahead(in_tf32(c));
   check_nothing_is_seen_ahead({DType::kFloat16, 1, 100, 2, 42});
+  check_nothing_is_seen_ahead({DType::kFloat16, 1, 130, 2, 42});
 }
 
 // A score that is NaN, or infinitely small, is what the formulas make of it.
@@ -157,6 +161,7 @@ void check_nan(const AttentionCase& c) {
 
 TEST(what_is_not_finite) {
   check_nan({DType::kBFloat16, 1, 70, 1, 20});
+  check_nan({DType::kBFloat16, 1, 130, 1, 20});
   check_nan(in_tf32({DType::kFloat32, 1, 70, 1, 20}));
 }
 

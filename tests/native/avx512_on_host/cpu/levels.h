@@ -94,9 +94,10 @@ inline __m512i dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
   return sum;
 }
 
-// The matrix tiles of a thread: eight of 16 rows of 64 bytes, once that shape is set, until they
-// are let go.
+// The matrix tiles of a thread: eight, of up to 16 rows of up to 64 bytes, once their shape is set,
+// until they are let go.
 struct Tile {
+  int rows = 0, bytes = 0;
   std::byte row[16][64];
 };
 inline thread_local Tile tiles[8];
@@ -109,27 +110,39 @@ inline Tile& tile(int number) {
 
 inline void tile_loadconfig(const void* shape) {
   const auto* bytes = static_cast<const uint8_t*>(shape);
-  for (int t = 0; t < 8; ++t)
-    if (bytes[0] != 1 || bytes[16 + 2 * t] != 64 || bytes[48 + t] != 16) std::abort();
-  std::memset(tiles, 0, sizeof tiles);
+  for (int t = 0; t < 8; ++t) {
+    uint16_t row_bytes;
+    std::memcpy(&row_bytes, bytes + 16 + 2 * t, sizeof row_bytes);
+    tiles[t] = {bytes[48 + t], row_bytes, {}};
+    if (bytes[0] != 1 || tiles[t].rows < 1 || tiles[t].rows > 16 || row_bytes < 4 ||
+        row_bytes > 64 || row_bytes % 4 != 0)
+      std::abort();
+  }
   tiles_are_set = true;
 }
 inline void tile_release() { tiles_are_set = false; }
-inline void tile_zero(int number) { tile(number) = {}; }
+inline void tile_zero(int number) { std::memset(tile(number).row, 0, sizeof tile(number).row); }
 inline void tile_loadd(int number, const void* from, int64_t stride) {
-  for (int i = 0; i < 16; ++i)
-    std::memcpy(tile(number).row[i], static_cast<const std::byte*>(from) + i * stride, 64);
+  tile_zero(number);
+  for (int i = 0; i < tile(number).rows; ++i)
+    std::memcpy(tiles[number].row[i], static_cast<const std::byte*>(from) + i * stride,
+                tiles[number].bytes);
 }
 inline void tile_stored(int number, void* to, int64_t stride) {
-  for (int i = 0; i < 16; ++i)
-    std::memcpy(static_cast<std::byte*>(to) + i * stride, tile(number).row[i], 64);
+  for (int i = 0; i < tile(number).rows; ++i)
+    std::memcpy(static_cast<std::byte*>(to) + i * stride, tiles[number].row[i],
+                tiles[number].bytes);
 }
 
-// sums (16, 16) += f(words of a row of a, words of a column of b).
+// sums (rows, columns) += f(words of a row of a, words of a column of b), 16 of each, zeros beyond
+// what there is.
 template <class Sum, class F>
 void multiply_tiles(int sums, int a, int b, const F& f) {
-  for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 16; ++j) {
+  if (tile(a).rows != tile(sums).rows || tile(b).bytes != tile(sums).bytes ||
+      4 * tile(b).rows != tile(a).bytes)
+    std::abort();
+  for (int i = 0; i < tile(sums).rows; ++i)
+    for (int j = 0; j < tile(sums).bytes / 4; ++j) {
       uint32_t left[16], right[16];
       Sum sum;
       std::memcpy(left, tile(a).row[i], sizeof left);
