@@ -15,7 +15,7 @@ demo: .venv/installed
 	$(BIN)/gpt-ext demo
 
 test: .venv/installed build/native/built
-	$(BIN)/ctest --test-dir build/native --output-on-failure
+	$(BIN)/ctest --test-dir build/native --output-on-failure --parallel $(shell nproc)
 	$(BIN)/python -m pytest
 
 bench: .venv/installed build/native/built

@@ -1,4 +1,6 @@
 // The CUDA kernels of attention against the float64 reference, on a device or in the emulator.
+#include <tuple>
+
 #include "attention_case.h"
 #include "check.h"
 
