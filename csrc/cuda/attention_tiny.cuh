@@ -28,6 +28,22 @@ struct TinyKept {
   __device__ bool operator()(int n, int i) const { return at[n / 8] >> (4 * (n % 8) + i) & 1; }
 };
 
+// c += P V or dS K, for the warp's queries, over the keys up to the diagonal.
+template <class T, int kTiles, int kDim>
+__device__ void sum_over_keys(float (&c)[kTiles][4], const Left (&left)[kTinyWarps],
+                              const WarpTile<T, kTinyTime, kDim>& right) {
+#pragma unroll
+  for (int block = 0; block < kTinyWarps; ++block) {
+    if (block > warp()) break;
+#pragma unroll
+    for (int n = 0; n < kTiles; n += 2) {
+      const Rights b = load_rights<false>(right, block * 16, n * 8);
+      multiply_add<T>(c[n], left[block].at, b.at[0]);
+      multiply_add<T>(c[n + 1], left[block].at, b.at[1]);
+    }
+  }
+}
+
 template <class T, int kDim>
 struct TinyForwardTiles {
   WarpTile<T, kTinyTime, kDim> q, k, v;
@@ -100,16 +116,7 @@ __global__ void __launch_bounds__(kTinyThreads, 2)
   __syncthreads();  // v is whole
 
   float out[kDim / 8][4] = {};
-#pragma unroll
-  for (int block = 0; block < kTinyWarps; ++block) {
-    if (block > warp()) break;
-#pragma unroll
-    for (int n = 0; n < kDim / 8; n += 2) {
-      const Rights values = load_rights<false>(shared.v, block * 16, n * 8);
-      multiply_add<T>(out[n], probabilities[block].at, values.at[0]);
-      multiply_add<T>(out[n + 1], probabilities[block].at, values.at[1]);
-    }
-  }
+  sum_over_keys<T>(out, probabilities, shared.v);
   float factor[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -244,16 +251,7 @@ __global__ void __launch_bounds__(kTinyThreads, 1)
 
   const float score_scale = static_cast<float>(problem.scale);
   float sums[kDim / 8][4] = {};
-#pragma unroll
-  for (int block = 0; block < kTinyWarps; ++block) {
-    if (block > warp()) break;
-#pragma unroll
-    for (int n = 0; n < kDim / 8; n += 2) {
-      const Rights keys = load_rights<false>(shared.k, block * 16, n * 8);
-      multiply_add<T>(sums[n], ds[block].at, keys.at[0]);
-      multiply_add<T>(sums[n + 1], ds[block].at, keys.at[1]);
-    }
-  }
+  sum_over_keys<T>(sums, ds, shared.k);
   __syncthreads();  // v, and so p, is free
   Slab& slab = slab_over_own_rows(shared.p);
   store_head<T>(p.dq, problem, head, query0, 0, slab, sums, {score_scale, score_scale});
