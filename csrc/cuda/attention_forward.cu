@@ -188,18 +188,7 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
   }
 
   float factor[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    for (int step = 1; step < 4; step *= 2) {
-      sum[half] += __shfl_xor_sync(0xFFFFFFFFu, sum[half], step);
-    }
-    factor[half] = (dropout.on ? dropout.scale : 1) / sum[half];
-    const int64_t row = warp_row0 + element_row(2 * half);
-    if (lane() % 4 == 0 && row < problem.time) {
-      static_cast<float*>(p.lse)[head * problem.time + row] =
-          kLn2 * maximum[half] + logf(sum[half]);
-    }
-  }
+  finish_softmax(p, dropout, head, warp_row0, maximum, sum, factor);
   Slab& slab = slab_over_own_rows(shared.q);  // no other warp reads these
   store_head<T>(p.out, problem, head, warp_row0, 0, slab, out, factor);
 }

@@ -74,6 +74,25 @@ __device__ uint32_t kept_by_key(const AttentionDropout& mask, int64_t head, int6
   return kept;
 }
 
+// Ends a softmax in base 2 of a warp's 16 rows from row0 on, of which each of a row's four lanes
+// has summed its part: writes lse, and gives what the rows' sums of P V are to be multiplied by.
+__device__ inline void finish_softmax(const AttentionForward& p, const Dropout<float>& dropout,
+                                      int64_t head, int64_t row0, const float (&maximum)[2],
+                                      float (&sum)[2], float (&factor)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    for (int step = 1; step < 4; step *= 2) {
+      sum[half] += __shfl_xor_sync(0xFFFFFFFFu, sum[half], step);
+    }
+    factor[half] = (dropout.on ? dropout.scale : 1) / sum[half];
+    const int64_t row = row0 + element_row(2 * half);
+    if (lane() % 4 == 0 && row < p.problem.time) {
+      static_cast<float*>(p.lse)[head * p.problem.time + row] =
+          kLn2 * maximum[half] + logf(sum[half]);
+    }
+  }
+}
+
 // Writes a warp's 16 rows of a head from row0 on, columns column0 .., each row times its factor:
 // that of the lane's rows g and g + 8.
 template <class T, int kTiles>

@@ -28,6 +28,24 @@ struct TinyKept {
   __device__ bool operator()(int n, int i) const { return at[n / 8] >> (4 * (n % 8) + i) & 1; }
 };
 
+// c += Q K^T or dO V^T, for the warp's queries and the keys up to the diagonal.
+template <class T, int kDim>
+__device__ void multiply_keys(float (&c)[2 * kTinyWarps][4],
+                              const WarpTile<T, kTinyTime, kDim>& left,
+                              const WarpTile<T, kTinyTime, kDim>& right) {
+#pragma unroll
+  for (int block = 0; block < kTinyWarps; ++block) {
+    if (block > warp()) break;
+#pragma unroll
+    for (int k = 0; k < kDim; k += 16) {
+      const Left a = load_left<false>(left, warp() * kWarpRows, k);
+      const Rights b = load_rights<true>(right, k, block * 16);
+      multiply_add<T>(c[2 * block], a.at, b.at[0]);
+      multiply_add<T>(c[2 * block + 1], a.at, b.at[1]);
+    }
+  }
+}
+
 // c += P V or dS K, for the warp's queries, over the keys up to the diagonal.
 template <class T, int kTiles, int kDim>
 __device__ void sum_over_keys(float (&c)[kTiles][4], const Left (&left)[kTinyWarps],
@@ -68,17 +86,7 @@ __global__ void __launch_bounds__(kTinyThreads, 2)
   __syncthreads();  // q and k are whole
 
   float s[2 * kTinyWarps][4] = {};  // S, then P
-#pragma unroll
-  for (int block = 0; block < kTinyWarps; ++block) {
-    if (block > warp()) break;
-#pragma unroll
-    for (int k = 0; k < kDim; k += 16) {
-      const Left q = load_left<false>(shared.q, query0, k);
-      const Rights keys = load_rights<true>(shared.k, k, block * 16);
-      multiply_add<T>(s[2 * block], q.at, keys.at[0]);
-      multiply_add<T>(s[2 * block + 1], q.at, keys.at[1]);
-    }
-  }
+  multiply_keys(s, shared.q, shared.k);
   float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};  // of rows g and g + 8
 #pragma unroll
   for (int n = 0; n < 2 * kTinyWarps; ++n) {
@@ -118,17 +126,7 @@ __global__ void __launch_bounds__(kTinyThreads, 2)
   float out[kDim / 8][4] = {};
   sum_over_keys<T>(out, probabilities, shared.v);
   float factor[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    for (int step = 1; step < 4; step *= 2)
-      sum[half] += __shfl_xor_sync(0xFFFFFFFFu, sum[half], step);
-    factor[half] = (dropout.on ? dropout.scale : 1) / sum[half];
-    const int64_t query = query0 + element_row(2 * half);
-    if (lane() % 4 == 0 && query < problem.time) {
-      static_cast<float*>(p.lse)[head * problem.time + query] =
-          kLn2 * maximum[half] + logf(sum[half]);
-    }
-  }
+  finish_softmax(p, dropout, head, query0, maximum, sum, factor);
   store_head<T>(p.out, problem, head, query0, 0, slab_over_own_rows(shared.q), out, factor);
 }
 
@@ -193,22 +191,8 @@ __global__ void __launch_bounds__(kTinyThreads, 1)
   __syncthreads();  // all tiles are whole
 
   float s[2 * kTinyWarps][4] = {}, dp[2 * kTinyWarps][4] = {};  // S and dP, then P and M dP
-#pragma unroll
-  for (int block = 0; block < kTinyWarps; ++block) {
-    if (block > warp()) break;
-#pragma unroll
-    for (int k = 0; k < kDim; k += 16) {
-      const Left q = load_left<false>(shared.q, query0, k);
-      const Left dout = load_left<false>(shared.dout, query0, k);
-      const Rights keys = load_rights<true>(shared.k, k, block * 16);
-      const Rights values = load_rights<true>(shared.v, k, block * 16);
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        multiply_add<T>(s[2 * block + n], q.at, keys.at[n]);
-        multiply_add<T>(dp[2 * block + n], dout.at, values.at[n]);
-      }
-    }
-  }
+  multiply_keys(s, shared.q, shared.k);
+  multiply_keys(dp, shared.dout, shared.v);
   float lse[2], delta[2] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

@@ -131,7 +131,11 @@ TEST(ffn_needs_each_barrier) {  // product's two and that of the column sums
 // Barriers of the block and of warps, commits and waits, shuffles, ldmatrix and mma.
 TEST(attention_on_tensor_cores_needs_each_instruction) {
   check_every_site(24, [] { return attention(DType::kBFloat16, 42); });
-  check_every_site(29, [] { return attention(DType::kFloat16, 42, 120); });
+  check_every_site(40, [] {  // a block a head, and heads too wide for that
+    const Doubles narrow = attention(DType::kFloat16, 42, 120);
+    const Doubles wide = attention(DType::kFloat16, 200, 80);
+    return join({&narrow, &wide});
+  });
   check_every_site(24, [] { return attention(DType::kFloat32, 42, 80, true); });
   check_every_site(24, [] { return attention(DType::kFloat32, 200, 40, true); });
 }
