@@ -18,7 +18,7 @@ static_assert(kBlock<Elements<float>> % 4 == 0);  // so that keys begin at a blo
 // Elements a row of what is copied for the products: an odd number of cache lines, too.
 template <class Sum>
 constexpr int64_t row_stride(int64_t dim) {
-  constexpr int64_t kLine = 64 / sizeof(Sum);
+  constexpr int64_t kLine = kLineBytes / sizeof(Sum);
   return ((dim + kLine - 1) / kLine | 1) * kLine;
 }
 
@@ -117,7 +117,7 @@ class Prefetch {
       const Bytes& x = matrices_[at_];
       const char* row = x.data + row_ * x.row;
       int64_t byte = 0;
-      for (; byte < x.width; byte += kLine) __builtin_prefetch(row + byte, 0, kL2);
+      for (; byte < x.width; byte += kLineBytes) __builtin_prefetch(row + byte, 0, kL2);
       // To the last line that its last vector touches: what a masked load leaves out of a line that
       // is not in cache, it waits for all the same.
       __builtin_prefetch(row + byte - 1, 0, kL2);
@@ -130,7 +130,6 @@ class Prefetch {
   // At T = 128 backward has 1,000 rows to fetch and, 64 columns wide, 130 tiles; forward half of
   // each.
   static constexpr int kRowsATile = (kTileColumns<float> + 5) / 6;
-  static constexpr int64_t kLine = 64;
   struct Bytes {
     const char* data;
     int64_t row, width, rows;

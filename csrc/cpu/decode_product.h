@@ -27,7 +27,6 @@ struct PanelsAhead {
 // rows half, for then there is more than one tile to ask.
 template <int kRows, int kPanels>
 constexpr int kAheadPanels = kRows == 1 ? kPanels : (kPanels + 1) / 2;
-constexpr int64_t kLineBytes = 64;
 
 // out (kRows, kPanels * 16) = rows a times the panels.
 template <class F, int kRows, int kPanels>
@@ -139,11 +138,9 @@ template <class F>
 void prefetch_tile(const ProductOut& out, int64_t row, int64_t rows, int64_t first,
                    int64_t columns) {
   const int64_t bytes = out.finish == ProductOut::kActivate ? sizeof(typename F::Element) : 4;
-  for (int64_t r = row; r < row + rows; ++r) {
-    const auto* line = reinterpret_cast<const std::byte*>(out.y + r * out.stride) + first * bytes;
-    for (int64_t byte = 0; byte < columns * bytes; byte += kLineBytes)
-      __builtin_prefetch(line + byte, 1);
-  }
+  const Touched y{reinterpret_cast<const std::byte*>(out.y), out.stride * int64_t{sizeof(float)},
+                  bytes};
+  y.prefetch<true>(row, rows, first, columns);
 }
 
 // A tile of sums (rows, columns), whole vectors, `sums_row` apart, to rows from `row` on and

@@ -22,11 +22,12 @@ struct Touched {
   const std::byte* data;
   int64_t row, element;
 
+  template <bool kToWrite = false>
   GPT_EXT_INLINE void prefetch(int64_t i, int64_t rows, int64_t j, int64_t columns) const {
-    constexpr int64_t kLine = 64;
     for (int64_t r = 0; r < rows; ++r) {
       const std::byte* at = data + (i + r) * row + j * element;
-      for (int64_t byte = 0; byte < columns * element; byte += kLine) __builtin_prefetch(at + byte);
+      for (int64_t byte = 0; byte < columns * element; byte += kLineBytes)
+        __builtin_prefetch(at + byte, kToWrite);
     }
   }
 };

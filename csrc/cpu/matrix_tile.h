@@ -97,7 +97,7 @@ GPT_EXT_INLINE void multiply_matrix_tile(int64_t steps, Matrix<uint32_t> tile,
     _tile_zero(3);
   }
   for (int64_t k = 0; k < steps; k += kSide, a += tile.column, b = below(b, b_row)) {
-    for (int64_t i = 0; i < ahead.a_unit; ++i, ahead.line += 64)
+    for (int64_t i = 0; i < ahead.a_unit; ++i, ahead.line += kLineBytes)
       __builtin_prefetch(ahead.line, 0, 2);
     _tile_loadd(4, a, a_row);
     _tile_loadd(6, b, b_row);
@@ -143,14 +143,14 @@ template <int kPanels>
 GPT_EXT_INLINE void multiply_panels(int64_t steps, const uint32_t* a, int64_t a_row,
                                     const uint32_t* panel, int64_t stride, float* to,
                                     int64_t to_row) {
-  constexpr int64_t kSide = Bf16Tiles::kStepUnit, kLine = 64;
-#define GPT_EXT_UNIT_OF_STEPS(a_tile, b_tile)               \
-  _tile_loadd(a_tile, a + k, a_row * sizeof *a);            \
-  _tile_loadd(b_tile, panel + k * kSide, kLine);            \
-  _tile_dpbf16ps(0, a_tile, b_tile);                        \
-  if constexpr (kPanels > 1) {                              \
-    _tile_loadd(b_tile, panel + stride + k * kSide, kLine); \
-    _tile_dpbf16ps(1, a_tile, b_tile);                      \
+  constexpr int64_t kSide = Bf16Tiles::kStepUnit;
+#define GPT_EXT_UNIT_OF_STEPS(a_tile, b_tile)                    \
+  _tile_loadd(a_tile, a + k, a_row * sizeof *a);                 \
+  _tile_loadd(b_tile, panel + k * kSide, kLineBytes);            \
+  _tile_dpbf16ps(0, a_tile, b_tile);                             \
+  if constexpr (kPanels > 1) {                                   \
+    _tile_loadd(b_tile, panel + stride + k * kSide, kLineBytes); \
+    _tile_dpbf16ps(1, a_tile, b_tile);                           \
   }
   asm volatile("" ::: "memory");
   _tile_zero(0);

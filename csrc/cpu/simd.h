@@ -6,6 +6,8 @@ namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
 #define GPT_EXT_INLINE inline __attribute__((always_inline))
 
+constexpr int64_t kLineBytes = 64;  // of a cache
+
 template <class T>
 constexpr int kVectorBytes = GPT_EXT_VECTOR_BYTES ? GPT_EXT_VECTOR_BYTES : sizeof(T);
 template <class T>
