@@ -1,11 +1,16 @@
 // Rows of tokens through a decoder's blocks, at one SIMD level. Included once a level by
 // decode_rows.cpp.
 //
-// Each product is cut by its outputs, so that every sum is one rank's and its order is fixed. A
-// block has five barriers: after q, k and v; after attention, cut by rows and heads; after the
-// projection; after the hidden layer; and after its second product; and one more before attention
-// where sequences have more rows than one. A few rows are made operands by each rank for itself;
-// many are shared out, with a barrier before the product.
+// A product is cut by its outputs, so that each weight is one rank's to read. Then a block has five
+// barriers: after q, k and v; after attention, cut by rows and heads; after the projection; after
+// the hidden layer; and after its second product; and one more before attention where sequences
+// have more rows than one. A few rows are made operands by each rank for itself; more are shared
+// out, with a barrier before the product.
+//
+// Many rows cost more to hand from core to core than weights to read: each rank takes its part of
+// them through all products, and nobody waits but before and after attention.
+//
+// Either way a sum is one rank's, and its order is fixed.
 
 namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
@@ -67,7 +72,7 @@ class Decoder {
       for (int64_t c = 0; c < row; c += kLanes<float>)
         store(x_ + i * row + c, load(packed_.token_embedding + rows.token[i] * row + c) +
                                     load(packed_.position_embedding + rows.position[i] * row + c));
-    rank.meet();
+    if (!by_rows(rows.count, rank.size)) rank.meet();
   }
 
   // Rows through one block. In the last one only the last `finals` rows matter beyond their keys
@@ -76,30 +81,32 @@ class Decoder {
     const PackedBlock b = packed_.block(index);
     const bool last = index + 1 == model_.blocks;
     const int64_t first = last ? rows.count - finals : 0, count = rows.count - first;
-    const int64_t queries = last ? model_.dim / (kGroup * kPanel) * kGroup : 0;  // panels of them
-
-    const Operands normed = operands(rank, x_rows(0, rows.count, &b.norm1), model_.dim);
-    const PanelsAhead next = ahead(rank, b.projection);
-    multiply(normed, rows.count, b.qkv, part(rank, queries, b.qkv.panel_count),
-             {ProductOut::kStore, qkv_, qkv_row()}, next);
-    multiply(normed.from(first), count, b.qkv, part(rank, 0, queries),
-             {ProductOut::kStore, qkv_ + first * qkv_row(), qkv_row()}, next);
-    rank.meet();
+    const int64_t queries = first > 0 ? model_.dim / (kGroup * kPanel) * kGroup : 0;  // panels
+    const auto to_qkv = [&](int64_t from, Range panels) {
+      product(rank, x_rows(from, rows.count - from, &b.norm1), b.qkv, panels,
+              {ProductOut::kStore, qkv_ + from * qkv_row(), qkv_row()}, b.projection);
+    };
+    to_qkv(0, {queries, b.qkv.panel_count});
+    if (queries > 0 && count > 0) {
+      rank.meet();  // whose rows they are, and whose operands, has changed
+      to_qkv(first, {0, queries});
+    }
     const bool one_each = rows.count == finals;
     if (!one_each) {  // they see each other's keys
-      for_heads(rank, rows, 0, rows.count, [&](int64_t i, int64_t run, int64_t h) {
-        keep(i, run, rows.position[i], h, head_cache(index, rows.sequence[i], h));
+      if (!by_rows(rows.count, rank.size)) rank.meet();
+      for_runs(rows, rank.part(0, rows.count), rows.count, [&](int64_t i, int64_t run) {
+        for (int64_t h = 0; h < model_.heads; ++h)
+          keep(i, run, rows.position[i], h, head_cache(index, rows.sequence[i], h));
       });
       if (count == 0) return;
-      rank.meet();
     }
+    rank.meet();
     attend(rank, rows, index, first, one_each);
     rank.meet();
     const auto layer = [&](const ProductRows& in, const PackedMatrix& m, const ProductOut& out,
                            const PackedMatrix& after) {
-      const Operands ready = operands(rank, in, m.depth);
-      multiply(ready, count, m, part(rank, 0, m.panel_count), out, ahead(rank, after));
-      rank.meet();
+      product(rank, in, m, {0, m.panel_count}, out, after);
+      if (!by_rows(count, rank.size)) rank.meet();
     };
     const ProductOut onto_x{ProductOut::kAdd, x_ + first * x_row(), x_row()};
     float* hidden = hidden_ + first * hidden_row();
@@ -112,10 +119,9 @@ class Decoder {
 
   // Logits (finals, V') of the last rows.
   void logits(const Rank& rank, int64_t rows, int64_t finals, float* out) const {
-    const ProductRows last = x_rows(rows - finals, finals, &packed_.norm);
-    multiply(operands(rank, last, model_.dim), finals, packed_.vocab,
-             part(rank, 0, packed_.vocab.panel_count),
-             {ProductOut::kStore, out, decode_align(model_.vocab)});
+    product(rank, x_rows(rows - finals, finals, &packed_.norm), packed_.vocab,
+            {0, packed_.vocab.panel_count}, {ProductOut::kStore, out, decode_align(model_.vocab)},
+            packed_.vocab);
     rank.meet();
   }
 
@@ -134,7 +140,8 @@ class Decoder {
     qkv_ = carver.take<float>(rows * qkv_row());
     attended_ = carver.take<float>(rows * x_row());
     hidden_ = carver.take<float>(rows * hidden_row());
-    shared_ = carver.take<std::byte>(OperandScratch(nullptr, widest(), rows).bytes);
+    shared_ = OperandScratch(nullptr, widest(), rows);
+    shared_ = OperandScratch(carver.take<std::byte>(shared_.bytes), widest(), rows);
     scratch_bytes_ = std::max({OperandScratch(nullptr, widest(), kFewRows).bytes,
                                AttentionScratch(nullptr, cache_.positions, head_dim()).bytes,
                                SampleScratch(nullptr, model_.vocab).bytes});
@@ -159,26 +166,39 @@ class Decoder {
   // Up to so many rows, each rank prepares them for itself; more are shared out, which takes a
   // barrier.
   static constexpr int64_t kFewRows = 2;
+  // Many: a tile of them a rank, and as many as make up for weights that each rank reads. Seed: 32
+  // rows; GPT-2: 127 gain, 64 lose.
+  bool by_rows(int64_t rows, int ranks) const {
+    return ranks > 1 && rows >= std::max<int64_t>(16 * ranks, model_.dim / 8);
+  }
 
-  Operands operands(const Rank& rank, const ProductRows& in, int64_t depth) const {
-    const bool few = in.count <= kFewRows;
-    const OperandScratch own(scratch(rank), depth, kFewRows);
-    const OperandScratch to = few ? own : OperandScratch(shared_, depth, in.count);
+  // This rank's share of panels of in times m, to out. What is fetched with the last of them is of
+  // the product `after`.
+  void product(const Rank& rank, ProductRows in, const PackedMatrix& m, Range panels,
+               ProductOut out, const PackedMatrix& after) const {
+    const bool own = by_rows(in.count, rank.size), few = in.count <= kFewRows;
     const Range rows = few ? Range{0, in.count} : rank.part(0, in.count);
-    Operands ready;
+    const OperandScratch mine(scratch(rank), m.depth, few ? in.count : 0);
+    const OperandScratch to = few ? mine : shared_.part(own ? rows.begin : 0, m.depth);
+    PanelsAhead next{after.panels, after.panel_bytes};
+    if (own) {
+      in.x += rows.begin * in.stride, in.count = rows.end - rows.begin;
+      out.y += rows.begin * out.stride;
+    } else {
+      panels = part(rank, panels.begin, panels.end);
+      next.panel += part(rank, 0, after.panel_count).begin * after.panel_bytes;
+    }
+    Operands ready{in.x, to.scale, in.stride};
     dispatch_format(model_.format, [&](auto format) {
       using F = decltype(format);
-      if (F::kByElement && !in.norm) {
-        ready = {in.x, to.scale, in.stride};
-      } else {
-        ready = prepare<F>(in, depth, rows, to, own.normed);
-        if (!few) rank.meet();
-      }
+      if (F::kByElement && !in.norm) return;
+      ready = prepare<F>(in, m.depth, own ? Range{0, in.count} : rows, to, mine.normed);
+      if (!few && !own) rank.meet();
     });
-    return ready;
+    multiply(ready, in.count, m, panels, out, next);
   }
   void multiply(const Operands& rows, int64_t count, const PackedMatrix& m, Range panels,
-                const ProductOut& out, PanelsAhead next = {}) const {
+                const ProductOut& out, PanelsAhead next) const {
     dispatch_format(model_.format, [&](auto format) {
       using F = decltype(format);
 #if GPT_EXT_MATRIX_TILES
@@ -187,10 +207,6 @@ class Decoder {
 #endif
       product_typed<F>(rows, count, m, panels, out, next);
     });
-  }
-  // This rank's part of a product to come.
-  static PanelsAhead ahead(const Rank& rank, const PackedMatrix& m) {
-    return {m.panels + part(rank, 0, m.panel_count).begin * m.panel_bytes, m.panel_bytes};
   }
   // This rank's part of the panels: whole groups, where nobody has much more of them than others.
   static Range part(const Rank& rank, int64_t begin, int64_t end) {
@@ -214,20 +230,15 @@ class Decoder {
                 static_cast<int64_t>(sizeof(Storage))};
   }
 
-  // f(i, run, h) for a share of the heads of rows from `first` on, these in runs of neighbours of
-  // one sequence: every ranks'th pair of a run and a head, for late rows see more keys than early
-  // ones.
+  // f(i, run) for rows [part.begin, part.end) in runs of neighbours of one sequence.
   template <class F>
-  void for_heads(const Rank& rank, const DecodeRows& rows, int64_t first, int64_t longest_run,
-                 const F& f) const {
-    int64_t task = 0;
-    for (int64_t i = first, run = 0; i < rows.count; i += run) {
-      for (run = 1; run < longest_run && i + run < rows.count &&
+  static void for_runs(const DecodeRows& rows, Range part, int64_t longest, const F& f) {
+    for (int64_t i = part.begin, run = 0; i < part.end; i += run) {
+      for (run = 1; run < longest && i + run < part.end &&
                     rows.sequence[i + run] == rows.sequence[i] &&
                     rows.position[i + run] == rows.position[i] + run;)
         ++run;
-      for (int64_t h = 0; h < model_.heads; ++h)
-        if (task++ % rank.size == rank.index) f(i, run, h);
+      f(i, run);
     }
   }
 
@@ -239,12 +250,18 @@ class Decoder {
   }
 
   // Rows from `first` on attend; where there is one of each sequence, its key is put there first.
+  // Every ranks'th pair of a run and a head is this rank's: late rows see more keys than early
+  // ones.
   void attend(const Rank& rank, const DecodeRows& rows, int64_t index, int64_t first,
               bool one_each) const {
-    for_heads(rank, rows, first, kRunRows, [&](int64_t i, int64_t run, int64_t h) {
-      const auto cache = head_cache(index, rows.sequence[i], h, run == 1 ? rank.size : 0);
-      if (one_each) keep(i, run, rows.position[i], h, cache);
-      attend_run(i, run, rows.position[i], h, cache, scratch(rank));
+    int64_t task = 0;
+    for_runs(rows, {first, rows.count}, kRunRows, [&](int64_t i, int64_t run) {
+      for (int64_t h = 0; h < model_.heads; ++h) {
+        if (task++ % rank.size != rank.index) continue;
+        const auto cache = head_cache(index, rows.sequence[i], h, run == 1 ? rank.size : 0);
+        if (one_each) keep(i, run, rows.position[i], h, cache);
+        attend_run(i, run, rows.position[i], h, cache, scratch(rank));
+      }
     });
   }
 
@@ -295,7 +312,7 @@ class Decoder {
   // (R, C') the residual stream, (R, 3 C padded); as the weight format's Elements, in rows of
   // words: (R, C'), (R, h')
   float *x_, *qkv_, *attended_, *hidden_;
-  std::byte* shared_;   // operands
+  OperandScratch shared_{nullptr, 0, 0};
   std::byte* scratch_;  // (ranks, scratch_bytes)
   size_t scratch_bytes_, bytes_;
 };

@@ -197,6 +197,13 @@ struct OperandScratch {
     normed = carver.take<float>(decode_align(depth));
     bytes = carver.used();
   }
+  // Rows from i on, of no greater depth.
+  OperandScratch part(int64_t i, int64_t depth) const {
+    OperandScratch rows = *this;
+    rows.words += i * row, rows.scale += i;
+    rows.row = decode_align(depth) + kPanel;
+    return rows;
+  }
 };
 
 // Prepares some of the rows; the caller's own `normed` serves each in turn. Rows of float32 may be

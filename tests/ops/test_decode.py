@@ -98,12 +98,22 @@ def test_a_sequence_gets_the_same_bits_alone_in_a_batch_and_in_pieces(
 @pytest.mark.parametrize("form", decode.FORMATS)
 def test_the_number_of_threads_changes_no_bit(form: decode.WeightFormat) -> None:
     model = Model()
-    tokens = torch.randint(model.vocab, (2, 20))
+    packed, tokens = model.packed(form), torch.randint(model.vocab, (2, 20))
+    calls = {  # few rows and many, which are cut in other ways
+        "a prompt": (rows_of(tokens[:1]), 1, 1),
+        "prompts": (rows_of(torch.randint(model.vocab, (3, model.context))), 3, 1),
+        "many sequences": (rows_of(torch.randint(model.vocab, (49, 1))), 49, 3),
+    }
     results = []
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
-        results.append(stepwise(model, tokens, form))
-    assert all(torch.equal(result, results[0]) for result in results)
+        at_once = [
+            decode.generate(packed, model.cache(49, form), *call)[1][:, : model.vocab]
+            for call in calls.values()
+        ]
+        results.append([stepwise(model, tokens, form), *at_once])
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
 
 
 @pytest.mark.parametrize("form", decode.FORMATS)
