@@ -4,8 +4,10 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <exception>
+#include <memory>
 
 #include "cpu/buffer.h"
 
@@ -28,11 +30,26 @@ struct Range {
 
 inline int max_threads() { return omp_get_max_threads(); }
 
+// Tasks [next, end) that a thread has still to begin.
+struct alignas(64) Share {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
 // Calls work(task, scratch) for every task in [0, tasks), in any order, on any thread; scratch is
 // the thread's own `scratch_bytes`. What a task computes must not depend on who runs it, or when.
+//
+// Each thread begins with a share of neighbouring tasks, the same from call to call: of a small
+// model it finds there what it wrote itself. Then it takes over what others have not begun.
 template <class Work>
 void parallel_for(int64_t tasks, size_t scratch_bytes, const Work& work) {
   std::exception_ptr error;
+  const int64_t count = std::min<int64_t>(tasks, max_threads());
+  const auto shares = std::make_unique<Share[]>(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) {
+    shares[i].next.store(tasks * i / count, std::memory_order_relaxed);
+    shares[i].end = tasks * (i + 1) / count;
+  }
 #pragma omp parallel if (tasks > 1)
   {
     std::byte* scratch = nullptr;
@@ -42,9 +59,11 @@ void parallel_for(int64_t tasks, size_t scratch_bytes, const Work& work) {
 #pragma omp critical
       error = std::current_exception();
     }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < tasks; ++task) {
-      if (scratch) work(task, scratch);
+    const int64_t first = omp_get_thread_num();
+    for (int64_t i = 0; scratch && i < count; ++i) {
+      Share& share = shares[(first + i) % count];
+      for (int64_t task; (task = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
+        work(task, scratch);
     }
   }
   if (error) std::rethrow_exception(error);
