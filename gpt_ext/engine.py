@@ -227,7 +227,9 @@ class Slots:
         self.sampling = engine.packed.new_tensor([1, 0, 0, 1], dtype=torch.float64).repeat(count, 1)
         self.seen: Tensor | None = None  # (B, V), once a sequence has a repetition penalty
         self.logits = self._empty(0)  # (going, V') before the last token drawn
+        self.row_flops = 24 * config.model_dim**2  # in a block
         self.pace = 1  # tokens that are drawn in about CALL_SECONDS
+        self.slides = False  # whether each of them takes its whole window anew
         self.cache = decode.Cache.empty(
             config.num_blocks, count, config.num_heads, min(window, positions),
             config.model_dim // config.num_heads, engine.form,
@@ -263,34 +265,33 @@ class Slots:
 
         At least one sequence must be going.
         """
-        start = time.perf_counter()
+        then = time.perf_counter()
         for slot in self.going:
             text = self.texts[slot]
             if len(text) > self.window:
                 del text[: len(text) - self.window + self.stride]
                 self.cached[slot] = 0
-        room = min(self.window + 1 - len(self.texts[slot]) for slot in self.going)
-        steps = min(self.pace, most, room)
-        penalty, temperature, top_k, top_p = self.sampling.unbind(1)
         rows = self._prefill()
+        # Of whole windows the native loop can make the next ones.
+        slide = self.stride == 0 and rows.shape[1] == self.window * len(self.going)
+        if slide != self.slides:
+            self.slides, self.pace = slide, 1
+        room = [self.window + 1 - len(self.texts[slot]) for slot in self.going if not slide]
+        steps = min(self.pace, most, *room)
+        penalty, temperature, top_k, top_p = self.sampling.unbind(1)
         draw = partial(
             decode.generate,
             self.engine.packed, self.cache, rows, len(self.going), steps,
             repetition_penalty=penalty, temperature=temperature, top_k=top_k, top_p=top_p,
-            seen=self.seen, noise=self._noise(steps), stop=self.stop_ids,
+            seen=self.seen, noise=self._noise(steps), stop=self.stop_ids, slide=slide,
         )  # fmt: skip
         drawn, self.logits = draw() if self._is_short(rows) else interruptibly(draw)
-        token_seconds = (time.perf_counter() - start) / steps
-        self.pace = max(1, min(8 * steps, int(CALL_SECONDS / token_seconds)))
+        self.pace = max(1, min(8 * steps, int(CALL_SECONDS * steps / (time.perf_counter() - then))))
         return self._keep(drawn)
-
-    def _row_flops(self) -> int:
-        """Of a row in a block."""
-        return 24 * self.engine.config.model_dim**2
 
     def _is_short(self, rows: Tensor) -> bool:
         """Whether rows (3, R) are few enough for one call."""
-        return rows.shape[1] * self._row_flops() * self.engine.config.num_blocks <= CALL_FLOPS
+        return rows.shape[1] * self.row_flops * self.engine.config.num_blocks <= CALL_FLOPS
 
     def _prefill(self) -> Tensor:
         """The rows (3, R) to go on from, once there are few enough of them for one call."""
@@ -307,7 +308,7 @@ class Slots:
         rows = torch.frombuffer(token + sequence + position, dtype=torch.int64).view(3, -1)
         if self._is_short(rows):
             return rows
-        flops, blocks = self._row_flops(), self.engine.config.num_blocks
+        flops, blocks = self.row_flops, self.engine.config.num_blocks
         early, final = rows.split([rows.shape[1] - finals, finals], dim=1)
         parts = [part.contiguous() for part in early.split(max(16, int(CALL_FLOPS / flops)), dim=1)]
         width = decode.aligned(self.engine.config.model_dim)

@@ -49,31 +49,35 @@ void decode_forward(const DecodeForward& p) {
   });
 }
 
-// The sequences that go on: the next row of each.
+// The sequences that go on, and their next rows: one each, or where texts slide all of them again.
 class Sequences {
  public:
-  // Those of the last `count` rows.
-  Sequences(const DecodeRows& rows, int64_t count)
-      : memory_(3 * count),
+  // Those of the last p.finals rows.
+  explicit Sequences(const DecodeGenerate& p)
+      : slide_(p.slide),
+        count_(p.slide ? p.rows.count : p.finals),
+        finals_(p.finals),
+        memory_(3 * count_ + p.cache.sequences),
         token_(memory_.get()),
-        sequence_(token_ + count),
-        position_(sequence_ + count),
-        count_(count) {
-    const int64_t first = rows.count - count;
-    std::copy_n(rows.token + first, count, token_);
-    std::copy_n(rows.sequence + first, count, sequence_);
-    std::copy_n(rows.position + first, count, position_);
+        sequence_(token_ + count_),
+        position_(sequence_ + count_),
+        next_(position_ + count_) {
+    const int64_t first = p.rows.count - count_;
+    std::copy_n(p.rows.token + first, count_, token_);
+    std::copy_n(p.rows.sequence + first, count_, sequence_);
+    std::copy_n(p.rows.position + first, count_, position_);
   }
   DecodeRows rows() const { return {token_, sequence_, position_, count_}; }
+  int64_t finals() const { return finals_; }
 
   // Draws a token (B) for each sequence of this rank's part, with the step's `noise` (B, V);
   // returns whether all could be drawn.
   bool draw(const Rank& rank, const DecodeGenerate& p, int64_t vocab, const float* noise,
             int64_t* tokens, const SampleScratch& scratch) const {
     bool drawn = true;
-    const Range part = rank.part(0, count_);
+    const Range part = rank.part(0, finals_);
     for (int64_t i = part.begin; i < part.end; ++i) {
-      const int64_t b = sequence_[i];
+      const int64_t b = sequence_[count_ - finals_ + i];
       uint8_t* seen = p.seen ? p.seen + b * vocab : nullptr;
       tokens[b] = draw_token(p.sampling[b], vocab, p.logits + i * decode_align(vocab),
                              noise ? noise + b * vocab : nullptr, seen, scratch);
@@ -85,25 +89,30 @@ class Sequences {
     return drawn;
   }
 
-  // Takes the drawn tokens (B) as next rows; sequences that drew a stop token are left behind.
+  // Takes the drawn tokens (B) as last ones; sequences that drew a stop token are left behind.
   void advance(const DecodeGenerate& p, const int64_t* tokens) {
-    int64_t kept = 0;
+    const int64_t early = count_ - finals_;
+    int64_t kept = 0, finals = 0;
     for (int64_t i = 0; i < count_; ++i) {
-      const int64_t token = tokens[sequence_[i]];
-      bool stops = false;
-      for (int64_t j = 0; j < p.stops; ++j) stops |= p.stop[j] == token;
-      if (stops) continue;
-      token_[kept] = token;
-      sequence_[kept] = sequence_[i];
-      position_[kept++] = position_[i] + 1;
+      const int64_t b = sequence_[i];
+      if (std::find(p.stop, p.stop + p.stops, tokens[b]) != p.stop + p.stops) continue;
+      token_[kept] = token_[i];
+      sequence_[kept] = b;
+      position_[kept++] = position_[i] + !slide_;
+      finals += i >= early;
     }
     count_ = kept;
+    finals_ = finals;
+    // From the last row to the first, each takes its sequence's later token and leaves its own.
+    std::copy_n(tokens, p.cache.sequences, next_);
+    for (int64_t i = count_; i-- > 0;) std::swap(token_[i], next_[sequence_[i]]);
   }
 
  private:
+  bool slide_;
+  int64_t count_, finals_;
   Buffer<int64_t> memory_;
-  int64_t *token_, *sequence_, *position_;
-  int64_t count_;
+  int64_t *token_, *sequence_, *position_, *next_;
 };
 
 void decode_generate(const DecodeGenerate& p) {
@@ -111,12 +120,12 @@ void decode_generate(const DecodeGenerate& p) {
     const Decoder<decltype(zero)> decoder(p.pack, p.cache, p.rows.count, max_threads(), nullptr);
     const int64_t vocab = decoder.model().vocab, sequences = p.cache.sequences;
     std::fill_n(p.tokens, p.steps * sequences, int64_t{-1});
-    Sequences going(p.rows, p.finals);
+    Sequences going(p);
     std::atomic<bool> damaged = false;
     run_team([&](const Rank& rank) {
-      for (int64_t step = 0; step < p.steps && going.rows().count > 0; ++step) {
+      for (int64_t step = 0; step < p.steps && going.finals() > 0; ++step) {
         const DecodeRows rows = step == 0 ? p.rows : going.rows();
-        const int64_t finals = going.rows().count;
+        const int64_t finals = going.finals();
         decoder.embed(rank, rows);
         for (int64_t i = 0; i < decoder.model().blocks; ++i) decoder.block(rank, rows, i, finals);
         decoder.logits(rank, rows.count, finals, p.logits);

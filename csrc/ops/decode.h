@@ -91,6 +91,10 @@ struct DecodeSampling {
 
 // Takes the rows through all blocks; the last `finals` of them, one a sequence, give logits, and
 // each sequence's next token is its next row, `steps` times. A token of `stop` ends its sequence.
+//
+// Or texts slide: where they are as long as they may be, a step takes all rows again, which are
+// their sequences' whole texts, each with the token after its own; the last one with the token
+// drawn.
 struct DecodeGenerate {
   int64_t* tokens;  // (steps, B); -1 where a sequence has ended or has no row
   float* logits;    // (finals, V') of the last step taken
@@ -104,6 +108,7 @@ struct DecodeGenerate {
                                    // temperature isn't 0
   const int64_t* stop = nullptr;   // (stops) tokens that end a sequence
   int64_t stops = 0;
+  bool slide = false;
 };
 
 struct DecodeBytes {

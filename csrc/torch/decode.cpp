@@ -133,6 +133,16 @@ DecodeRows checked_rows(const Tensor& rows, const DecodeModel& model, const Deco
   return result;
 }
 
+// Texts that slide: each sequence has a row at every position from 0 on.
+void check_whole_texts(const DecodeRows& rows, int64_t sequences) {
+  std::vector<int64_t> length(sequences);
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const int64_t expected = length[rows.sequence[i]]++;
+    check(rows.position[i] == expected, "the position of row ", i, " is ", rows.position[i],
+          ", expected ", expected, " where texts slide");
+  }
+}
+
 void forward(Tensor x, const Tensor& packed, Tensor keys, Tensor values, const Tensor& rows,
              int64_t first_block, int64_t end_block) {
   const DecodeModel model = checked_model(packed);
@@ -173,11 +183,13 @@ std::vector<DecodeSampling> checked_sampling(const Tensor& sampling, const Tenso
 std::tuple<Tensor, Tensor> generate(const Tensor& packed, Tensor keys, Tensor values,
                                     const Tensor& rows, int64_t finals, int64_t steps,
                                     const Tensor& sampling, const OptionalTensor& seen,
-                                    const OptionalTensor& noise, const OptionalTensor& stop) {
+                                    const OptionalTensor& noise, const OptionalTensor& stop,
+                                    bool slide) {
   const DecodeModel model = checked_model(packed);
   const DecodeCache cache = checked_cache(keys, values, model);
   check(steps >= 1, "steps is ", steps, ", expected at least 1");
-  const DecodeRows checked = checked_rows(rows, model, cache, steps - 1);
+  const DecodeRows checked = checked_rows(rows, model, cache, slide ? 0 : steps - 1);
+  if (slide) check_whole_texts(checked, cache.sequences);
   check(1 <= finals && finals <= std::min(checked.count, cache.sequences), "finals is ", finals,
         ", expected 1 to ", std::min(checked.count, cache.sequences));
   std::vector<int64_t> sequences(checked.sequence + checked.count - finals,
@@ -192,7 +204,8 @@ std::tuple<Tensor, Tensor> generate(const Tensor& packed, Tensor keys, Tensor va
                       .rows = checked,
                       .finals = finals,
                       .steps = steps,
-                      .sampling = draws.data()};
+                      .sampling = draws.data(),
+                      .slide = slide};
   for (const int64_t b : sequences) {
     check(seen.has_value() || draws[b].repetition_penalty == 1,
           "seen is None, expected a tensor as repetition_penalty is not 1");

@@ -74,9 +74,9 @@ STABLE_TORCH_LIBRARY(gpt_ext, m) {
       "int first_block, int end_block) -> ()");
   // sampling (B, 4) float64: repetition_penalty, temperature, top_k, top_p. seen (B, V) uint8,
   // noise (steps, B, V) float32, stop (S) int64 -> tokens (steps, B) int64, logits (finals, V') of
-  // the last step taken.
+  // the last step taken. slide: rows are whole texts, which lose a token for each they gain.
   m.def(
       "decode_generate(Tensor pack, Tensor(a!) keys, Tensor(b!) values, Tensor rows, int finals, "
-      "int steps, Tensor sampling, Tensor(c!)? seen, Tensor? noise, Tensor? stop) -> (Tensor "
-      "tokens, Tensor logits)");
+      "int steps, Tensor sampling, Tensor(c!)? seen, Tensor? noise, Tensor? stop, bool slide) -> "
+      "(Tensor tokens, Tensor logits)");
 }

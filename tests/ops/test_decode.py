@@ -117,6 +117,37 @@ def test_the_number_of_threads_changes_no_bit(form: decode.WeightFormat) -> None
 
 
 @pytest.mark.parametrize("form", decode.FORMATS)
+def test_texts_that_slide_are_computed_anew_each_step(form: decode.WeightFormat) -> None:
+    model = Model()
+    packed, steps = model.packed(form), 9
+    texts = torch.randint(model.vocab, (3, model.context))
+    noise = torch.empty(steps, 3, model.vocab).exponential_()
+
+    def generate(texts: Tensor, noise: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
+        return decode.generate(
+            packed, model.cache(3, form), rows_of(texts), 3, len(noise), temperature=1.0,
+            noise=noise, **how,
+        )  # fmt: skip
+
+    expected, window = [], texts
+    for step in noise.split(1):
+        tokens, logits = generate(window, step)
+        expected.append(tokens)
+        window = torch.cat((window[:, 1:], tokens.T), dim=1)
+    drawn, last = generate(texts, noise, slide=True)
+    assert torch.equal(drawn, torch.cat(expected))
+    assert torch.equal(last[:, : model.vocab], logits[:, : model.vocab])
+
+    # One sequence ends: the others' tokens stay, and its own do not come.
+    others = drawn[:, [0, 2]]
+    first = next(i for i, token in enumerate(drawn[:, 1]) if token not in others)
+    stop = drawn[first : first + 1, 1].clone()
+    drawn[first + 1 :, 1] = -1
+    again, _ = generate(texts, noise, slide=True, stop=stop)
+    assert torch.equal(again, drawn)
+
+
+@pytest.mark.parametrize("form", decode.FORMATS)
 def test_runs_of_blocks_one_after_the_other_are_all_blocks(form: decode.WeightFormat) -> None:
     model = Model(blocks=3)
     tokens = torch.randint(model.vocab, (2, 25))
@@ -211,6 +242,7 @@ MIXED = decode.Cache(Model().cache(2).keys, Model().cache(2, "int8").values)
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0, expected above 0"),
         ({"top_k": -1}, "top_k is -1, expected at least 0"),
         ({"top_p": 0.0}, "top_p is 0, expected above 0"),
+        ({"slide": True, "rows": rows_with((2, 1), 1)}, "the position of row 1 is 1, expected 0"),
         ({"stop": torch.zeros(1)}, "stop has dtype Float, expected Long"),
         ({"temperature": 1.0, "noise": torch.ones(1, 2, 36)}, "noise has shape"),
         ({"packed": torch.zeros(99, dtype=torch.uint8)}, "pack is no pack"),
