@@ -8,7 +8,8 @@
 // out, with a barrier before the product.
 //
 // Many rows cost more to hand from core to core than weights to read: each rank takes its part of
-// them through all products, and nobody waits but before and after attention.
+// them through all products, and nobody waits but before and after attention; nor there, where
+// sequences have one row each.
 //
 // Either way a sum is one rank's, and its order is fixed.
 
@@ -100,9 +101,10 @@ class Decoder {
       });
       if (count == 0) return;
     }
-    rank.meet();
-    attend(rank, rows, index, first, one_each);
-    rank.meet();
+    const bool alone = one_each && by_rows(count, rank.size);
+    if (!alone) rank.meet();
+    attend(rank, rows, index, first, one_each, alone);
+    if (!alone) rank.meet();
     const auto layer = [&](const ProductRows& in, const PackedMatrix& m, const ProductOut& out,
                            const PackedMatrix& after) {
       product(rank, in, m, {0, m.panel_count}, out, after);
@@ -250,15 +252,17 @@ class Decoder {
   }
 
   // Rows from `first` on attend; where there is one of each sequence, its key is put there first.
-  // Every ranks'th pair of a run and a head is this rank's: late rows see more keys than early
-  // ones.
-  void attend(const Rank& rank, const DecodeRows& rows, int64_t index, int64_t first,
-              bool one_each) const {
-    int64_t task = 0;
-    for_runs(rows, {first, rows.count}, kRunRows, [&](int64_t i, int64_t run) {
+  // This rank's are its part of the rows, if it takes them `alone` through the block; else every
+  // ranks'th pair of a run and a head, for late rows see more keys than early ones.
+  void attend(const Rank& rank, const DecodeRows& rows, int64_t index, int64_t first, bool one_each,
+              bool alone) const {
+    const Range part = alone ? rank.part(first, rows.count) : Range{first, rows.count};
+    const int64_t every = alone ? 1 : rank.size;
+    int64_t task = every - rank.index;
+    for_runs(rows, part, kRunRows, [&](int64_t i, int64_t run) {
       for (int64_t h = 0; h < model_.heads; ++h) {
-        if (task++ % rank.size != rank.index) continue;
-        const auto cache = head_cache(index, rows.sequence[i], h, run == 1 ? rank.size : 0);
+        if (task++ % every != 0) continue;
+        const auto cache = head_cache(index, rows.sequence[i], h, run == 1 ? every : 0);
         if (one_each) keep(i, run, rows.position[i], h, cache);
         attend_run(i, run, rows.position[i], h, cache, scratch(rank));
       }
