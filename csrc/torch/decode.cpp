@@ -133,14 +133,16 @@ DecodeRows checked_rows(const Tensor& rows, const DecodeModel& model, const Deco
   return result;
 }
 
-// Texts that slide: each sequence has a row at every position from 0 on.
-void check_whole_texts(const DecodeRows& rows, int64_t sequences) {
+// Texts that slide: each sequence has a row at every position from 0 on, and one of the last.
+void check_whole_texts(const DecodeRows& rows, int64_t sequences, int64_t finals) {
   std::vector<int64_t> length(sequences);
   for (int64_t i = 0; i < rows.count; ++i) {
     const int64_t expected = length[rows.sequence[i]]++;
     check(rows.position[i] == expected, "the position of row ", i, " is ", rows.position[i],
           ", expected ", expected, " where texts slide");
   }
+  const int64_t texts = sequences - std::count(length.begin(), length.end(), 0);
+  check(finals == texts, "finals is ", finals, ", expected ", texts, " where texts slide");
 }
 
 void forward(Tensor x, const Tensor& packed, Tensor keys, Tensor values, const Tensor& rows,
@@ -189,7 +191,6 @@ std::tuple<Tensor, Tensor> generate(const Tensor& packed, Tensor keys, Tensor va
   const DecodeCache cache = checked_cache(keys, values, model);
   check(steps >= 1, "steps is ", steps, ", expected at least 1");
   const DecodeRows checked = checked_rows(rows, model, cache, slide ? 0 : steps - 1);
-  if (slide) check_whole_texts(checked, cache.sequences);
   check(1 <= finals && finals <= std::min(checked.count, cache.sequences), "finals is ", finals,
         ", expected 1 to ", std::min(checked.count, cache.sequences));
   std::vector<int64_t> sequences(checked.sequence + checked.count - finals,
@@ -197,6 +198,7 @@ std::tuple<Tensor, Tensor> generate(const Tensor& packed, Tensor keys, Tensor va
   std::sort(sequences.begin(), sequences.end());
   check(std::adjacent_find(sequences.begin(), sequences.end()) == sequences.end(),
         "a sequence has two rows among the last ", finals, ", expected one");
+  if (slide) check_whole_texts(checked, cache.sequences, finals);
 
   const std::vector<DecodeSampling> draws = checked_sampling(sampling, packed, cache.sequences);
   DecodeGenerate call{.pack = packed.const_data_ptr(),

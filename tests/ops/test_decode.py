@@ -243,6 +243,7 @@ MIXED = decode.Cache(Model().cache(2).keys, Model().cache(2, "int8").values)
         ({"top_k": -1}, "top_k is -1, expected at least 0"),
         ({"top_p": 0.0}, "top_p is 0, expected above 0"),
         ({"slide": True, "rows": rows_with((2, 1), 1)}, "the position of row 1 is 1, expected 0"),
+        ({"slide": True, "finals": 1}, "finals is 1, expected 2 where texts slide"),
         ({"stop": torch.zeros(1)}, "stop has dtype Float, expected Long"),
         ({"temperature": 1.0, "noise": torch.ones(1, 2, 36)}, "noise has shape"),
         ({"packed": torch.zeros(99, dtype=torch.uint8)}, "pack is no pack"),
