@@ -178,8 +178,6 @@ __attribute__((noinline)) void finish_tile(const ProductOut& out, const float* s
 struct Operands {
   const float *words, *scale;  // (rows, row), (rows): what the format's prepare returned
   int64_t row;
-
-  Operands from(int64_t i) const { return {words + i * row, scale + i, row}; }
 };
 
 // Where they are made.

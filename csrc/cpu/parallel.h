@@ -26,6 +26,12 @@ inline std::byte* thread_scratch(size_t bytes) {
 
 struct Range {
   int64_t begin, end;
+
+  // Of so many equal parts, number i.
+  Range part(int64_t i, int64_t parts) const {
+    const int64_t n = end - begin;
+    return {begin + n * i / parts, begin + n * (i + 1) / parts};
+  }
 };
 
 inline int max_threads() { return omp_get_max_threads(); }
@@ -47,8 +53,9 @@ void parallel_for(int64_t tasks, size_t scratch_bytes, const Work& work) {
   const int64_t count = std::min<int64_t>(tasks, max_threads());
   const auto shares = std::make_unique<Share[]>(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; ++i) {
-    shares[i].next.store(tasks * i / count, std::memory_order_relaxed);
-    shares[i].end = tasks * (i + 1) / count;
+    const auto [begin, end] = Range{0, tasks}.part(i, count);
+    shares[i].next.store(begin, std::memory_order_relaxed);
+    shares[i].end = end;
   }
 #pragma omp parallel if (tasks > 1)
   {

@@ -70,10 +70,7 @@ struct Rank {
     if (size > 1) barrier->wait();
   }
   // This rank's part of [begin, end).
-  Range part(int64_t begin, int64_t end) const {
-    const int64_t n = end - begin;
-    return {begin + n * index / size, begin + n * (index + 1) / size};
-  }
+  Range part(int64_t begin, int64_t end) const { return Range{begin, end}.part(index, size); }
 };
 
 // Calls work(rank) on every thread of a team of at most max_threads(); work must not throw.
