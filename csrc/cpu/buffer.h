@@ -4,31 +4,89 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
-#include <memory>
 #include <new>
+#include <utility>
+#include <vector>
 
 #include "common/huge_pages.h"
 
 namespace gpt_ext::cpu {
 
+// What a thread's buffers have given back, for its next ones. malloc returns what is large to the
+// system, and each call would have its pages mapped and cleared anew; here it finds what the last
+// one left in the caches.
+class SpareBlocks {
+ public:
+  struct Block {
+    std::byte* data;
+    size_t bytes;
+  };
+
+  static SpareBlocks& of_this_thread() {
+    thread_local SpareBlocks blocks;
+    return blocks;
+  }
+
+  SpareBlocks() = default;
+  SpareBlocks(const SpareBlocks&) = delete;
+  SpareBlocks& operator=(const SpareBlocks&) = delete;
+  ~SpareBlocks() { keep_at_most(0); }
+
+  // The smallest that holds so many bytes, but none twice as large; where there is none, a new one.
+  Block take(size_t bytes) {
+    auto best = blocks_.end();
+    for (auto block = blocks_.begin(); block != blocks_.end(); ++block)
+      if (bytes <= block->bytes && block->bytes <= 2 * bytes &&
+          (best == blocks_.end() || block->bytes < best->bytes))
+        best = block;
+    if (best != blocks_.end()) {
+      const Block block = *best;
+      blocks_.erase(best);
+      bytes_ -= block.bytes;
+      return block;
+    }
+    const Block block{static_cast<std::byte*>(std::aligned_alloc(64, bytes)), bytes};
+    if (!block.data) throw std::bad_alloc();
+    prefer_huge_pages(block.data, bytes);
+    return block;
+  }
+
+  // 16 MB, what a small model's step needs: a large model's buffers would find nothing in cache.
+  void give(Block block) {
+    blocks_.push_back(block);
+    bytes_ += block.bytes;
+    keep_at_most(16 << 20);
+  }
+
+ private:
+  // The oldest go first.
+  void keep_at_most(size_t bytes) {
+    auto block = blocks_.begin();
+    for (; bytes_ > bytes; ++block) {
+      bytes_ -= block->bytes;
+      std::free(block->data);
+    }
+    blocks_.erase(blocks_.begin(), block);
+  }
+
+  std::vector<Block> blocks_;
+  size_t bytes_ = 0;
+};
+
 template <class T>
 class Buffer {
  public:
   explicit Buffer(size_t count = 0)
-      : memory_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) / 64 + 1) * 64))),
-        size_(count) {
-    if (!memory_) throw std::bad_alloc();
-    prefer_huge_pages(get(), count * sizeof(T));
+      : block_(SpareBlocks::of_this_thread().take((count * sizeof(T) / 64 + 1) * 64)) {}
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(block_, other.block_);
+    return *this;
   }
-  T* get() const { return memory_.get(); }
-  size_t size() const { return size_; }
+  ~Buffer() { SpareBlocks::of_this_thread().give(block_); }
+  T* get() const { return reinterpret_cast<T*>(block_.data); }
 
  private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> memory_;
-  size_t size_;
+  SpareBlocks::Block block_;
 };
 
 // Cuts consecutive aligned arrays from a buffer; from no memory it only counts.

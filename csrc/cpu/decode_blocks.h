@@ -58,7 +58,8 @@ class Decoder {
   Decoder(const void* pack, const DecodeCache& cache, int64_t rows, int ranks, float* x)
       : packed_(pack), model_(packed_.model), cache_(cache) {
     carve(nullptr, rows, ranks);
-    carve(thread_scratch(bytes_), rows, ranks);
+    memory_ = Buffer<std::byte>(bytes_);
+    carve(memory_.get(), rows, ranks);
     if (x) x_ = x;
 #if GPT_EXT_MATRIX_TILES
     if (model_.format == WeightFormat::kBFloat16) end_rows(rows);
@@ -319,6 +320,7 @@ class Decoder {
   OperandScratch shared_{nullptr, 0, 0};
   std::byte* scratch_;  // (ranks, scratch_bytes)
   size_t scratch_bytes_, bytes_;
+  Buffer<std::byte> memory_;
 };
 
 }  // namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL

@@ -36,7 +36,8 @@ void embedding_backward(const EmbeddingBackward& p) {
   const int64_t rows = batch * time;
   check_tokens(p.tokens, p.problem);
   // The places of token v are places[begin[v]] to places[begin[v + 1] - 1], in order.
-  Buffer<int64_t> begin(static_cast<size_t>(vocabulary + 1)), next(begin.size());
+  const auto bounds = static_cast<size_t>(vocabulary + 1);
+  Buffer<int64_t> begin(bounds), next(bounds);
   Buffer<int64_t> places(static_cast<size_t>(rows));
   std::fill_n(begin.get(), vocabulary + 1, 0);
   for (int64_t i = 0; i < rows; ++i) ++begin.get()[p.tokens[i] + 1];

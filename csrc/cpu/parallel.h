@@ -13,17 +13,6 @@
 
 namespace gpt_ext::cpu {
 
-// This thread's own memory, at least `bytes` of it. It is kept from call to call: a fresh
-// allocation of this size would be mapped, and its pages faulted in, every time.
-inline std::byte* thread_scratch(size_t bytes) {
-  thread_local Buffer<std::byte> scratch;
-  if (bytes > scratch.size()) {
-    scratch = Buffer<std::byte>();  // free the old one first
-    scratch = Buffer<std::byte>(bytes);
-  }
-  return scratch.get();
-}
-
 struct Range {
   int64_t begin, end;
 
@@ -59,18 +48,17 @@ void parallel_for(int64_t tasks, size_t scratch_bytes, const Work& work) {
   }
 #pragma omp parallel if (tasks > 1)
   {
-    std::byte* scratch = nullptr;
     try {
-      scratch = thread_scratch(scratch_bytes);
+      const Buffer<std::byte> scratch(scratch_bytes);
+      const int64_t first = omp_get_thread_num();
+      for (int64_t i = 0; i < count; ++i) {
+        Share& share = shares[(first + i) % count];
+        for (int64_t task; (task = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
+          work(task, scratch.get());
+      }
     } catch (...) {
 #pragma omp critical
       error = std::current_exception();
-    }
-    const int64_t first = omp_get_thread_num();
-    for (int64_t i = 0; scratch && i < count; ++i) {
-      Share& share = shares[(first + i) % count];
-      for (int64_t task; (task = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
-        work(task, scratch);
     }
   }
   if (error) std::rethrow_exception(error);
