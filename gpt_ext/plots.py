@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gpt_ext.checkpoint import write_whole
 from gpt_ext.errors import UserError
+from gpt_ext.generation import dropout_off
 from gpt_ext.model import GPT
 
 # What is drawn below each other: title of the axis, and key, label and style of its lines.
@@ -90,10 +91,10 @@ def read(model: GPT, tokens: Tensor, queries: slice = slice(None)) -> tuple[Tens
         maps.append(weights[0, :, queries].clone())  # a view would keep all rows
         return (weights @ v).transpose(1, 2)
 
-    model.eval()
-    x = model.embed(tokens[None])
-    for block in model.blocks:
-        x = block(x, attend)
+    with dropout_off(model):
+        x = model.embed(tokens[None])
+        for block in model.blocks:
+            x = block(x, attend)
     return torch.stack(maps), x[0]
 
 

@@ -90,6 +90,7 @@ def test_attention_is_that_of_the_model(course: Course, model: GPT) -> None:
         head.register_forward_hook(note)
     course(tokens[None])
     weights = plots.attention_weights(model.train(), tokens)
+    assert model.training
     assert weights.shape == (3, 4, 17, 17)
     wanted = torch.stack(expected).view(3, 4, 17, 17)
     torch.testing.assert_close(weights.double(), wanted, rtol=1e-5, atol=1e-6)
