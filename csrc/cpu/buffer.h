@@ -1,6 +1,7 @@
 // Uninitialised memory, aligned to a cache line.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -59,14 +60,16 @@ class SpareBlocks {
   }
 
  private:
-  // The oldest go first.
+  // The largest go first: tasks' scratch, which is small, is soon needed again.
   void keep_at_most(size_t bytes) {
-    auto block = blocks_.begin();
-    for (; bytes_ > bytes; ++block) {
-      bytes_ -= block->bytes;
-      std::free(block->data);
+    while (bytes_ > bytes) {
+      const auto largest =
+          std::max_element(blocks_.begin(), blocks_.end(),
+                           [](const Block& a, const Block& b) { return a.bytes < b.bytes; });
+      bytes_ -= largest->bytes;
+      std::free(largest->data);
+      blocks_.erase(largest);
     }
-    blocks_.erase(blocks_.begin(), block);
   }
 
   std::vector<Block> blocks_;

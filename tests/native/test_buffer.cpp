@@ -73,10 +73,15 @@ TEST(sixteen_megabytes_are_kept_while_the_thread_lives) {
         buffers.push_back(std::make_unique<Buffer<char>>(kMegabyte - 64));
       CHECK(allocated() >= before + 40 * kMegabyte);
     }
-    CHECK(allocated() >= before + 16 * kMegabyte, allocated() - before);
-    CHECK(allocated() < before + 17 * kMegabyte, allocated() - before);
-    address_of(17 * kMegabyte);
-    CHECK(allocated() < before + kMegabyte, allocated() - before);
+    const auto sixteen_are_kept = [&] {
+      CHECK(allocated() >= before + 16 * kMegabyte, allocated() - before);
+      CHECK(allocated() < before + 17 * kMegabyte, allocated() - before);
+    };
+    sixteen_are_kept();
+    address_of(17 * kMegabyte);  // too large to stay
+    sixteen_are_kept();
+    address_of(9 * kMegabyte);  // one goes, not nine
+    sixteen_are_kept();
   }).join();
   CHECK(allocated() < before + kMegabyte, allocated() - before);
 }
