@@ -14,9 +14,10 @@ except ImportError as error:
     ) from error
 
 from gpt_ext import ops
+from gpt_ext.adamw import AdamW
 from gpt_ext.build import build_info
 from gpt_ext.generation import generate
 from gpt_ext.model import GPT, GPTConfig
 
 __version__ = _C.build_facts()["version"]
-__all__ = ["GPT", "GPTConfig", "build_info", "generate", "ops"]
+__all__ = ["GPT", "AdamW", "GPTConfig", "build_info", "generate", "ops"]

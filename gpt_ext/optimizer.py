@@ -1,4 +1,4 @@
-"""AdamW, its learning rate by step, and the moving average of the weights."""
+"""AdamW as a run uses it: which weights decay, the rate by step, clipped steps, the average."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpt_ext.adamw import AdamW, fresh_state
+from gpt_ext.distributed import whole
 from gpt_ext.model import GPT
 from gpt_ext.options import TrainOptions
 
 
 def build_optimizer(model: GPT, options: TrainOptions) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2019) that decays the weights of linear layers alone.
+    """AdamW that decays the weights of linear layers alone: ours on a CPU, else PyTorch's fused.
 
     Its moments are there from the start, as zeros, for a checkpoint to be read into. With
     cuda_graph the learning rate lies in the device's memory, so that a captured step reads it anew.
@@ -26,22 +28,22 @@ def build_optimizer(model: GPT, options: TrainOptions) -> torch.optim.AdamW:
         {"params": [p for p in model.parameters() if p in linear]},
         {"params": [p for p in model.parameters() if p not in linear], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
-        groups,
-        lr=torch.tensor(options.learning_rate, device=device)
-        if options.cuda_graph
-        else options.learning_rate,
-        betas=(options.beta1, options.beta2),
-        weight_decay=options.weight_decay,
-        fused=True,
-        capturable=options.cuda_graph,
-    )
+    betas, weight_decay = (options.beta1, options.beta2), options.weight_decay
+    optimizer: torch.optim.AdamW
+    if all(type(p) is nn.Parameter and p.is_cpu for p in model.parameters()):  # none is sharded
+        optimizer = AdamW(groups, options.learning_rate, betas, weight_decay=weight_decay)
+    else:
+        rate = options.learning_rate
+        optimizer = torch.optim.AdamW(
+            groups,
+            lr=torch.tensor(rate, device=device) if options.cuda_graph else rate,
+            betas=betas,
+            weight_decay=weight_decay,
+            fused=True,
+            capturable=options.cuda_graph,
+        )
     for parameter in model.parameters():
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-        }
+        optimizer.state[parameter] = fresh_state(parameter)
     return optimizer
 
 
@@ -54,13 +56,22 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
-def step_unless(optimizer: torch.optim.AdamW, condition: Tensor) -> None:
-    """A step, unless `condition`, () bool, holds, in which case nothing changes.
+def clipped_step(optimizer: torch.optim.AdamW, loss: Tensor, clip_norm: float) -> Tensor:
+    """A step on gradients scaled down to a norm of clip_norm; () the norm that they had.
 
-    Nobody waits for the condition: it is for the fused kernels to see, as from a GradScaler.
+    Where that or the loss is not finite, weights and moments are left as they are. Nobody waits for
+    a GPU: it is for the fused kernels to see, as from a GradScaler.
     """
-    optimizer.found_inf = condition.float()  # type: ignore[attr-defined]
+    if isinstance(optimizer, AdamW):
+        norm = torch.tensor(optimizer.gradient_norm())
+        if (loss + norm).isfinite():
+            optimizer.step(gradient_scale=min(1.0, clip_norm / (norm.item() + 1e-6)))
+        return norm
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = whole(nn.utils.clip_grad_norm_(parameters, clip_norm))
+    optimizer.found_inf = (~(loss + norm).isfinite()).float()  # type: ignore[attr-defined]
     optimizer.step()
+    return norm
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:

@@ -28,9 +28,9 @@ from gpt_ext.model import GPT, GPTConfig
 from gpt_ext.optimizer import (
     Average,
     build_optimizer,
+    clipped_step,
     learning_rate,
     set_learning_rate,
-    step_unless,
 )
 from gpt_ext.options import ModelOptions, TrainOptions
 from gpt_ext.progress import Progress, board, summary_writer
@@ -181,9 +181,8 @@ class Trainer:
             self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
-        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm))
         total = self.world.mean(total)
-        step_unless(self.optimizer, ~(total + norm).isfinite())
+        norm = clipped_step(self.optimizer, total, self.options.clip_norm)
         self.scaler.update()
         return total, norm
 

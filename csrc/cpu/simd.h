@@ -201,6 +201,29 @@ GPT_EXT_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
+// Under a full mask: GCC 12 warns of the plain intrinsics of 64 bytes.
+#if defined(__x86_64__) && GPT_EXT_VECTOR_BYTES == 64
+GPT_EXT_INLINE Vec<float> square_root(Vec<float> x) {
+  return (Vec<float>)_mm512_maskz_sqrt_ps(0xFFFF, (__m512)x);
+}
+GPT_EXT_INLINE Vec<double> square_root(Vec<double> x) {
+  return (Vec<double>)_mm512_maskz_sqrt_pd(0xFF, (__m512d)x);
+}
+#elif defined(__x86_64__) && GPT_EXT_VECTOR_BYTES == 32
+GPT_EXT_INLINE Vec<float> square_root(Vec<float> x) {
+  return (Vec<float>)_mm256_sqrt_ps((__m256)x);
+}
+GPT_EXT_INLINE Vec<double> square_root(Vec<double> x) {
+  return (Vec<double>)_mm256_sqrt_pd((__m256d)x);
+}
+#else
+template <class V>
+GPT_EXT_INLINE V square_root(V x) {
+  for (size_t i = 0; i < sizeof(x) / sizeof(x[0]); ++i) x[i] = std::sqrt(x[i]);
+  return x;
+}
+#endif
+
 // x's lanes turned by kShift: lane i + kShift of x becomes lane i.
 template <size_t kShift, class V, size_t... i>
 GPT_EXT_INLINE V turn(V x, std::index_sequence<i...>) {

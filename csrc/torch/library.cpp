@@ -59,6 +59,14 @@ STABLE_TORCH_LIBRARY(gpt_ext, m) {
       "float dropout_p, Tensor? dropout_seed, bool allow_tf32, bool[] wanted) -> (Tensor dx, "
       "Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, Tensor dnorm_weight, Tensor dnorm_bias)");
 
+  // Of all tensors at once, which are of one dtype (ops/optimizer.h); steps () float32 are counted
+  // up. Made for no autograd: optimizers work where grad mode is off.
+  m.def("optimizer_norm(Tensor[] gradients) -> float");
+  m.def(
+      "optimizer_adamw(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] averages, "
+      "Tensor(c!)[] squares, Tensor(d!)[] steps, float learning_rate, float beta1, float beta2, "
+      "float eps, float weight_decay, float gradient_scale) -> ()");
+
   // The weights of a decoder, float32: token_embedding (V, C), position_embedding (T, C), final
   // norm's weight and bias (C), vocabulary's weight (V, C) and bias (V); then, a block, norm (C)
   // (C), qkv (3C, C) (3C), projection (C, C) (C), norm (C) (C), up (h, C) (h), down (C, h) (C).

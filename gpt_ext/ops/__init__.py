@@ -1,5 +1,6 @@
 """The ops: native kernels for CPU and CUDA behind ordinary differentiable PyTorch functions."""
 
+from gpt_ext.ops import optimizer
 from gpt_ext.ops.attention import causal_attention, packed_causal_attention
 from gpt_ext.ops.cross_entropy import cross_entropy
 from gpt_ext.ops.embedding import embedding
@@ -13,5 +14,6 @@ __all__ = [
     "embedding",
     "feed_forward",
     "linear",
+    "optimizer",
     "packed_causal_attention",
 ]

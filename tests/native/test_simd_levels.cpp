@@ -2,6 +2,8 @@
 // reference; and one result, bit for bit, for any number of threads.
 #include <omp.h>
 
+#include <deque>
+
 #include "attention_case.h"
 #include "check.h"
 #include "cpu/isa.h"
@@ -10,6 +12,7 @@
 #include "ffn_case.h"
 #include "linear_case.h"
 #include "ops/embedding.h"
+#include "ops/optimizer.h"
 
 namespace gpt_ext::test {
 namespace {
@@ -125,6 +128,62 @@ TEST(embedding_at_every_level) {
         }
       CHECK(dweight == expected_dweight, dim);
       CHECK(dpositions == expected_dpositions, dim);
+    }
+  });
+}
+
+// Four tensors at once: none, a few elements, and more than a run, twice.
+TEST(optimizer_at_every_level) {
+  at_every_level([] {
+    for (const DType dtype : kDTypes) {
+      const double rate = 0.1, beta1 = 0.7, beta2 = 0.9, eps = 1e-3, decay = 0.2, scale = 0.5;
+      std::deque<TypedBuffer> buffers;
+      std::vector<Doubles> values;
+      std::vector<GradientTensor> gradients;
+      std::vector<AdamWTensor> tensors;
+      for (const int64_t count : {0, 13, 4096 + 33, 2 * 4096}) {
+        const size_t first = values.size();
+        for (unsigned i = 0; i < 4; ++i) {
+          values.push_back(random_normal(dtype, count, 4 * tensors.size() + i));
+          if (i == 2)
+            for (double& square : values[first + i]) square = std::abs(square);
+          buffers.emplace_back(dtype, values[first + i]);
+        }
+        gradients.push_back({buffers[first + 3].data(), count});
+        tensors.push_back({.parameter = buffers[first].data(),
+                           .average = buffers[first + 1].data(),
+                           .square = buffers[first + 2].data(),
+                           .gradient = buffers[first + 3].data(),
+                           .count = count,
+                           .step = 3});
+      }
+      const OptimizerProblem problem{dtype, static_cast<int64_t>(tensors.size())};
+      double norm = 0;
+      optimizer_norm(Cpu{}, {&norm, gradients.data(), problem});
+      optimizer_adamw(Cpu{}, {tensors.data(), rate, beta1, beta2, eps, decay, scale, problem});
+      double squares = 0;
+      const double allowed = 8 * rounding(dtype);
+      for (size_t i = 0; i < values.size(); i += 4) {
+        const Doubles parameter = buffers[i].values(), average = buffers[i + 1].values(),
+                      square = buffers[i + 2].values();
+        for (size_t j = 0; j < parameter.size(); ++j) {
+          squares += values[i + 3][j] * values[i + 3][j];
+          const double g = scale * values[i + 3][j];
+          const double a = beta1 * values[i + 1][j] + (1 - beta1) * g;
+          const double s = beta2 * values[i + 2][j] + (1 - beta2) * g * g;
+          const double step =
+              a / (1 - std::pow(beta1, 3)) / (std::sqrt(s / (1 - std::pow(beta2, 3))) + eps);
+          const double expected = values[i][j] * (1 - rate * decay) - rate * step;
+          const double size = std::abs(values[i][j]) + rate * std::abs(step);
+          CHECK(std::abs(parameter[j] - expected) <= allowed * size, name(dtype), " ", i, " ", j);
+          CHECK(std::abs(average[j] - a) <= allowed * (std::abs(values[i + 1][j]) + std::abs(g)),
+                name(dtype), " ", i, " ", j);
+          CHECK(std::abs(square[j] - s) <= allowed * s, name(dtype), " ", i, " ", j);
+        }
+      }
+      const double expected = std::sqrt(squares);
+      CHECK(std::abs(norm - expected) <= 64 * rounding(accumulation(dtype)) * expected, norm, " ",
+            expected);
     }
   });
 }

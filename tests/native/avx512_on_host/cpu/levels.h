@@ -63,6 +63,12 @@ Floats dpbf16_ps(Floats sum, Pairs a, Pairs b) {
   return sum;
 }
 
+template <class V>
+V maskz_sqrt(int, V x) {  // of a full mask
+  for (size_t i = 0; i < sizeof(x) / sizeof(x[0]); ++i) x[i] = std::sqrt(x[i]);
+  return x;
+}
+
 // vcvtneps2bf16
 inline auto cvtneps_pbh(Floats x) {
   struct {
@@ -203,6 +209,8 @@ inline void tile_dpbusd(int sums, int a, int b) {
 #define _mm256_mask_storeu_epi16 gpt_ext::cpu::avx512_twin::mask_storeu_epi16
 #define _mm512_maskz_loadu_ps gpt_ext::cpu::avx512_twin::maskz_loadu_ps
 #define _mm512_mask_storeu_ps gpt_ext::cpu::avx512_twin::mask_storeu_ps
+#define _mm512_maskz_sqrt_ps gpt_ext::cpu::avx512_twin::maskz_sqrt
+#define _mm512_maskz_sqrt_pd gpt_ext::cpu::avx512_twin::maskz_sqrt
 #define _mm512_dpbf16_ps gpt_ext::cpu::avx512_twin::dpbf16_ps
 
 #define GPT_EXT_SIMD_LEVEL scalar
