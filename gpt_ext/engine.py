@@ -331,9 +331,7 @@ class Slots:
             if group.states is None or not torch.equal(generator.get_state(), group.states[1]):
                 continue
             generator.set_state(group.states[0])
-            again = self._empty(len(group.slots), self.engine.config.vocab_size)
-            for _ in range(used):
-                again.exponential_(generator=generator)
+            self._draw(used, group)
 
     def _empty(self, *shape: int) -> Tensor:
         """Of float32 on the CPU, whatever torch's defaults are."""
@@ -353,12 +351,15 @@ class Slots:
             return None
         noise = self._empty(steps, len(self.texts), self.engine.config.vocab_size)
         for group in drawing:
-            generator = group.generator
-            before = generator.get_state()
-            for part in noise[:, group.slots.start : group.slots.stop].unbind():
-                part.exponential_(generator=generator)
-            group.states = before, generator.get_state()
+            before = group.generator.get_state()
+            noise[:, group.slots.start : group.slots.stop] = self._draw(steps, group)
+            group.states = before, group.generator.get_state()
         return noise
+
+    def _draw(self, steps: int, group: Group) -> Tensor:
+        """The group's part of the noise, (steps, b, V)."""
+        shape = steps, len(group.slots), self.engine.config.vocab_size
+        return decode.exponential(shape, group.generator)
 
     def _keep(self, drawn: Tensor) -> Tensor:
         """Takes the tokens (n, B) into the texts, up to the step at which the last one ended."""

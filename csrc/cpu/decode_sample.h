@@ -38,11 +38,23 @@ inline void keep_top_p(double top_p, int64_t vocab, const SampleScratch& s) {
   for (int64_t i = kept; i < vocab; ++i) s.weights[s.order[i]] = 0;
 }
 
+// The place of the largest of x (n), n > 0; of equals, the first. Runs are searched by vectors,
+// then the run that it lies in.
 inline int64_t first_largest(const float* x, int64_t n) {
-  int64_t best = 0;
-  for (int64_t i = 1; i < n; ++i)
-    if (x[i] > x[best]) best = i;
-  return best;
+  constexpr int64_t kRun = 1024;
+  float largest = -std::numeric_limits<float>::infinity();
+  int64_t where = 0;
+  for (int64_t i = 0; i < n; i += kRun) {
+    Vec<float> of_run = broadcast(largest);
+    for_columns<float>(std::min(kRun, n - i), [&](int64_t j, auto part) {
+      const Vec<float> y = keep_part<float>(load(x + i + j, part), part, largest);
+      of_run = maximum<float>(y, of_run);
+    });
+    const float run_largest = reduce_max<float>(of_run);
+    if (run_largest > largest) largest = run_largest, where = i;
+  }
+  while (x[where] < largest) ++where;
+  return where;
 }
 
 inline bool all_finite(const float* x, int64_t n) {

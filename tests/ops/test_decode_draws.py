@@ -37,6 +37,15 @@ def kept_by_top_p(p: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(p, dtype=torch.bool).scatter(0, order, before < top_p)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (2, 104), (4, 50257), (2, 3, 7001)], ids=str)
+def test_noise_is_what_torch_draws(shape: tuple[int, ...]) -> None:
+    ours, theirs = (torch.Generator().manual_seed(11) for _ in range(2))
+    for _ in range(3):
+        noise = torch.empty(shape).exponential_(generator=theirs)
+        assert torch.equal(decode.exponential(shape, ours), noise)
+        assert torch.equal(ours.get_state(), theirs.get_state())
+
+
 @pytest.mark.parametrize("vocab", [5, 300])
 @pytest.mark.parametrize(
     "options",
