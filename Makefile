@@ -16,7 +16,7 @@ demo: .venv/installed
 
 test: .venv/installed build/native/built
 	$(BIN)/ctest --test-dir build/native --output-on-failure --parallel $(shell nproc)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope
 
 bench: .venv/installed build/native/built
 	$(BIN)/python benchmarks/bench_ops.py
