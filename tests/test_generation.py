@@ -263,7 +263,9 @@ def test_numbers_of_other_kinds_are_numbers(model: GPT) -> None:
         model.stream(START, 5, temperature=10**400)
 
 
-@pytest.mark.parametrize("stop", [{3}, iter([3]), torch.tensor([3]), range(3, 4)], ids=lambda stop: type(stop).__name__)
+@pytest.mark.parametrize(
+    "stop", [{3}, iter([3]), torch.tensor([3]), range(3, 4)], ids=lambda stop: type(stop).__name__
+)
 def test_stop_ids_come_in_any_collection(model: GPT, stop: Any) -> None:
     prompts, options = [START[0], START[0] + 1], {"generator": torch.Generator().manual_seed(1)}
     texts = model.generate(prompts, 200, stop=stop, **options)
