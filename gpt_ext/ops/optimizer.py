@@ -15,7 +15,7 @@ from torch import Tensor
 def norm(gradients: Sequence[Tensor]) -> float:
     """The 2-norm of all elements of the tensors, which are of one dtype and on a CPU.
 
-    Runs of elements are summed in the accumulation type, the runs in float64.
+    A few squares are summed in the accumulation type, their sums in float64, in order.
 
     Raises:
         RuntimeError: tensors differ in dtype, or are not contiguous.

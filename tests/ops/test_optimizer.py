@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from gpt_ext import AdamW
 from gpt_ext.ops import optimizer
 
+pytestmark = pytest.mark.usefixtures("level")
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 # Nothing, a number, parts of a vector, several runs of 4,096 elements and the beginning of one.
 SHAPES = [(0,), (), (1,), (7, 5), (64, 64), (3, 4097), (300, 42)]
