@@ -17,7 +17,10 @@ from gpt_ext.options import TrainOptions
 
 
 def build_optimizer(model: GPT, options: TrainOptions) -> torch.optim.AdamW:
-    """AdamW that decays the weights of linear layers alone: ours on a CPU, else PyTorch's fused.
+    """AdamW that decays the weights of linear layers alone.
+
+    Ours on a CPU; PyTorch's fused one on a GPU, for sharded weights, and for a CUDA graph, for it
+    asks nothing of the device.
 
     Its moments are there from the start, as zeros, for a checkpoint to be read into. With
     cuda_graph the learning rate lies in the device's memory, so that a captured step reads it anew.
@@ -30,7 +33,8 @@ def build_optimizer(model: GPT, options: TrainOptions) -> torch.optim.AdamW:
     ]
     betas, weight_decay = (options.beta1, options.beta2), options.weight_decay
     optimizer: torch.optim.AdamW
-    if all(type(p) is nn.Parameter and p.is_cpu for p in model.parameters()):  # none is sharded
+    whole_on_cpu = all(type(p) is nn.Parameter and p.is_cpu for p in model.parameters())
+    if whole_on_cpu and not options.cuda_graph:
         optimizer = AdamW(groups, options.learning_rate, betas, weight_decay=weight_decay)
     else:
         rate = options.learning_rate

@@ -27,8 +27,7 @@ int64_t fingerprint(const std::vector<Tensor>& tensors) {
 
 // Data of weights[i], once it is seen to be float32 of this shape.
 const float* weight(const std::vector<Tensor>& weights, size_t i, const Shape& shape) {
-  const std::string name = "weights[" + std::to_string(i) + "]";
-  check_operand(weights[i], name.c_str(), weights[0], ScalarType::Float, shape);
+  check_operand(weights[i], item("weights", i).c_str(), weights[0], ScalarType::Float, shape);
   return static_cast<const float*>(weights[i].const_data_ptr());
 }
 

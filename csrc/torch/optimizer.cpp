@@ -12,8 +12,8 @@ using Tensors = std::vector<Tensor>;
 
 // Data of tensors[i], once it is seen to agree with parameters[i].
 void* operand(const Tensors& tensors, const char* name, size_t i, const Tensor& parameter) {
-  const std::string item = std::string(name) + "[" + std::to_string(i) + "]";
-  check_operand(tensors[i], item.c_str(), parameter, parameter.scalar_type(), shape_of(parameter));
+  check_operand(tensors[i], item(name, i).c_str(), parameter, parameter.scalar_type(),
+                shape_of(parameter));
   return tensors[i].mutable_data_ptr();
 }
 
@@ -21,10 +21,8 @@ void* operand(const Tensors& tensors, const char* name, size_t i, const Tensor& 
 DType common_dtype(const Tensors& tensors, const char* name) {
   if (tensors.empty()) return DType::kFloat32;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const std::string item = std::string(name) + "[" + std::to_string(i) + "]";
-    check_device(tensors[i], item.c_str(), tensors[0]);
-    check_type(tensors[i], item.c_str(), tensors[0].scalar_type());
-    check_contiguous(tensors[i], item.c_str());
+    check_operand(tensors[i], item(name, i).c_str(), tensors[0], tensors[0].scalar_type(),
+                  shape_of(tensors[i]));  // of any shape
   }
   return dtype_of<Cpu>(tensors[0], name);
 }
@@ -54,8 +52,7 @@ void adamw(const Tensors& parameters, const Tensors& gradients, const Tensors& a
   std::vector<AdamWTensor> tensors;
   for (size_t i = 0; i < parameters.size(); ++i) {
     const Tensor& parameter = parameters[i];
-    const std::string step = "steps[" + std::to_string(i) + "]";
-    check_operand(steps[i], step.c_str(), parameter, ScalarType::Float, {});
+    check_operand(steps[i], item("steps", i).c_str(), parameter, ScalarType::Float, {});
     tensors.push_back({.parameter = parameter.mutable_data_ptr(),
                        .average = operand(averages, "averages", i, parameter),
                        .square = operand(squares, "squares", i, parameter),

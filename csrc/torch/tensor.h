@@ -98,6 +98,11 @@ inline void check_last_dim_contiguous(const Tensor& tensor, const char* name) {
         " has stride ", tensor.stride(last), " in its last dim, expected 1");
 }
 
+// The name of an item of a list of tensors.
+inline std::string item(const char* list, size_t i) {
+  return std::string(list) + "[" + std::to_string(i) + "]";
+}
+
 // What most operands are checked for, with their device, that of `like`.
 inline void check_operand(const Tensor& tensor, const char* name, const Tensor& like,
                           ScalarType type, const Shape& shape) {
