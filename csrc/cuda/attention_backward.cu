@@ -4,35 +4,37 @@
 // P) V:
 //   dV = (M P)^T dO,  dS = P (M (dO V^T) - delta),  delta_i = sum_d dO_id O_id,
 //   dQ = scale dS K,  dK = scale dS^T Q.
-// First delta, a warp a row. Then dQ, a block a tile of queries, which walks the keys up to the
-// diagonal; and dK and dV, a block a tile of keys, which walks the queries down from the diagonal.
-// Both rebuild P and dS a tile at a time: on tensor cores for the 16-bit types, where short
-// sequences take one kernel in all, and for float32 where tf32 is allowed; by the kernels below for
-// the others.
+// First delta, eight lanes a row. Then dQ, a block a tile of queries, which walks the keys up to
+// the diagonal; and dK and dV, a block a tile of keys, which walks the queries down from the
+// diagonal. Both rebuild P and dS a tile at a time: on tensor cores, where short sequences of the
+// 16-bit types take one kernel in all; by the kernels below for float64.
 #include "cuda/attention_gradient.cuh"
 #include "cuda/attention_tiny.cuh"
 
 namespace gpt_ext::cuda {
 
-constexpr int kWarps = kThreads / kWarpSize;
+// Lanes that take a row of delta together, and rows of a block.
+constexpr int kDeltaLanes = 8, kDeltaRows = kThreads / kDeltaLanes;
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) attention_delta_kernel(const AttentionBackward p) {
   using Acc = Accumulator<T>;
-  const int64_t index = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize;  // head * T + row
-  if (index >= all_heads(p.problem) * p.problem.time) return;                    // the whole warp
-  const int64_t head = index / p.problem.time, row = index % p.problem.time;
-  const T* dout = head_matrix<T>(p.dout, p.problem, head).data + row * p.dout.time;
-  const T* out = head_matrix<T>(p.out, p.problem, head).data + row * p.out.time;
-  const int lane = threadIdx.x % kWarpSize;
+  const int64_t index = int64_t{blockIdx.x} * kDeltaRows + threadIdx.x / kDeltaLanes;
+  const bool is_row = index < all_heads(p.problem) * p.problem.time;  // head * T + row
+  const int own = threadIdx.x % kDeltaLanes;
   Acc sum = 0;
-  for (int d = lane; d < p.problem.dim; d += kWarpSize) {
-    sum += static_cast<Acc>(dout[d]) * static_cast<Acc>(out[d]);
+  if (is_row) {
+    const int64_t head = index / p.problem.time, row = index % p.problem.time;
+    const T* dout = head_matrix<T>(p.dout, p.problem, head).data + row * p.dout.time;
+    const T* out = head_matrix<T>(p.out, p.problem, head).data + row * p.out.time;
+    for (int d = own; d < p.problem.dim; d += kDeltaLanes) {
+      sum += static_cast<Acc>(dout[d]) * static_cast<Acc>(out[d]);
+    }
   }
-  for (int step = kWarpSize / 2; step > 0; step /= 2) {
+  for (int step = kDeltaLanes / 2; step > 0; step /= 2) {
     sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
   }
-  if (lane == 0) static_cast<Acc*>(p.delta)[index] = sum;
+  if (is_row && own == 0) static_cast<Acc*>(p.delta)[index] = sum;
 }
 
 // One head's matrices and rows of statistics, and what backward rebuilds from them.
@@ -140,16 +142,19 @@ void attention_backward(Cuda backend, const AttentionBackward& p) {
     }
     const int64_t rows = cuda::all_heads(p.problem) * p.problem.time;
     cuda::launch(backend, "attention_backward: delta", cuda::attention_delta_kernel<T>,
-                 (rows + cuda::kWarps - 1) / cuda::kWarps, cuda::kThreads, 0, p);
+                 (rows + cuda::kDeltaRows - 1) / cuda::kDeltaRows, cuda::kThreads, 0, p);
     if constexpr (sizeof(T) <= 4) {
-      if (cuda::on_tensor_cores<T>(p.problem.allow_tf32)) {
-        return cuda::dispatch_padded_dim(p.problem.dim, [&](auto dim) {
-          cuda::launch_gradient<T, dim(), false>(backend, "attention_backward: dq", p);
-          cuda::launch_gradient<T, dim(), true>(backend, "attention_backward: dk, dv", p);
+      cuda::dispatch_operand<T>(p.problem.allow_tf32, [&](auto operand) {
+        using Operand = typename decltype(operand)::type;
+        cuda::dispatch_padded_dim(p.problem.dim, [&](auto dim) {
+          cuda::dispatch_rows<Operand, dim()>(p.problem, [&](auto m) {
+            cuda::launch_gradient<Operand, dim(), m(), false>(backend, "attention_backward: dq", p);
+            cuda::launch_gradient<Operand, dim(), m(), true>(backend, "attention_backward: dk, dv",
+                                                             p);
+          });
         });
-      }
-    }
-    if constexpr (sizeof(T) >= 4) {
+      });
+    } else {
       const int64_t tiles = cuda::all_heads(p.problem) * cuda::time_tiles<Acc>(p.problem);
       constexpr size_t kShared = sizeof(cuda::TilePair<Acc>);
       cuda::dispatch_head_dim(p.problem.dim, [&](auto dim) {

@@ -1,12 +1,11 @@
 // Causal attention, forward: out = softmax(scale Q K^T) V and lse, for any head size and dtype.
 //
-// Two kernels of one method, besides that of short sequences (attention_tiny.cuh): a generic one,
-// and FlashAttention-2's (Dao, 2023) on tensor cores for the 16-bit types and, where tf32 is
-// allowed, float32. A block computes one tile of queries of one head, walking the tiles of keys
-// from the first to the diagonal with the online softmax: it keeps, for each row, the maximum m of
-// the scores seen so far and the sums l = sum exp(s - m) and o = sum exp(s - m) v, which it
-// rescales whenever m grows. At the end out = o / l and lse = m + log l. Scores live in registers,
-// a tile at a time.
+// Two kernels of one method, besides that of short sequences (attention_tiny.cuh): a generic one
+// for float64, and FlashAttention-2's (Dao, 2023) on tensor cores. A block computes one tile of
+// queries of one head, walking the tiles of keys from the first to the diagonal with the online
+// softmax: it keeps, for each row, the maximum m of the scores seen so far and the sums l = sum
+// exp(s - m) and o = sum exp(s - m) v, which it rescales whenever m grows. At the end out = o / l
+// and lse = m + log l. Scores live in registers, a tile at a time.
 #include "cuda/attention_tiny.cuh"
 
 namespace gpt_ext::cuda {
@@ -80,20 +79,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<kDim>)
   store_head<T>(p.out, problem, head, row0, out, inverse);
 }
 
-// A block owns 64 queries of a head, a warp 16 of them.
-constexpr int kForwardRows = 64;
-constexpr int kForwardThreads = kForwardRows / kWarpRows * kWarpSize;
+constexpr int kForwardThreads = kHeadWarps * kWarpSize;
 
-// Keys of a tile: as many as registers (S, a row of out) and shared memory have room for.
-template <class T, int kDim>
-constexpr int kForwardKeys = kRowBytes<T, kDim> < 512    ? 64
-                             : kRowBytes<T, kDim> == 512 ? 32
-                                                         : 16;
+template <class T, int kDim, int kM>
+struct ForwardShape {
+  static constexpr int kRows = kHeadWarps * kM * kWarpRows;  // queries of a block
+  // Keys of a tile: as many as registers (S, a row of out) and shared memory have room for.
+  static constexpr int kKeys = kRowBytes<T, kDim> < 512 ? 64 : kRowBytes<T, kDim> == 512 ? 32 : 16;
+};
 
-template <class T, int kDim>
+template <class T, int kDim, int kM>
 struct ForwardTiles {
-  WarpTile<T, kForwardRows, kDim> q;
-  WarpTile<T, kForwardKeys<T, kDim>, kDim> k, v;
+  using Shape = ForwardShape<T, kDim, kM>;
+  WarpTile<T, Shape::kRows, kDim> q;
+  WarpTile<T, Shape::kKeys, kDim> k, v;
 };
 
 // One online-softmax step for the scores of a tile, in base 2: s becomes exp2(s - maximum), and
@@ -126,71 +125,105 @@ __device__ void softmax_step(float (&s)[kTiles][4], float (&maximum)[2], float (
   }
 }
 
+template <int kM, int kTiles>
+__device__ void scale_scores(float (&s)[kM][kTiles][4], float scale) {
+#pragma unroll
+  for (auto& rows : s) {
+#pragma unroll
+    for (auto& tile : rows) {
+#pragma unroll
+      for (float& score : tile) score *= scale;
+    }
+  }
+}
+
+// Of keys the first of which is `ahead` places before the warp's first query: -inf where a key is
+// after the query.
+template <int kM, int kTiles>
+__device__ void hide_future(float (&s)[kM][kTiles][4], int ahead) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (8 * n + element_column(i) > ahead + 16 * m + element_row(i)) s[m][n][i] = -INFINITY;
+      }
+    }
+  }
+}
+
 // The loads of V run behind S = Q K^T, those of the next K behind P V. What reads a tile is over
 // before the barrier ahead of the next copy into it.
-template <class T, int kDim>
+template <class T, int kDim, int kM>
 __global__ void __launch_bounds__(kForwardThreads, 2)
     attention_forward_mma_kernel(const AttentionForward p) {
-  constexpr int kKeys = kForwardKeys<T, kDim>;
-  auto& shared = shared_memory<ForwardTiles<T, kDim>>();
+  using Shape = ForwardShape<T, kDim, kM>;
+  constexpr int kKeys = Shape::kKeys, kOwnRows = kM * kWarpRows;
+  auto& shared = shared_memory<ForwardTiles<T, kDim, kM>>();
   const AttentionProblem& problem = p.problem;
   const int64_t heads = all_heads(problem), head = blockIdx.x % heads;
-  const int64_t row0 = (gridDim.x / heads - 1 - blockIdx.x / heads) * kForwardRows;
+  const int tiles = gridDim.x / heads, time = static_cast<int>(problem.time);
+  const int row0 = (tiles - 1 - static_cast<int>(blockIdx.x / heads)) * Shape::kRows;
   const Matrix<T> q = head_matrix<T>(p.q, problem, head), k = head_matrix<T>(p.k, problem, head),
                   v = head_matrix<T>(p.v, problem, head);
-  const int64_t warp_row0 = row0 + warp() * kWarpRows;
-  const int64_t keys = row0 + kForwardRows < problem.time ? row0 + kForwardRows : problem.time;
+  const int warp_row0 = row0 + warp() * kOwnRows;
+  const int64_t keys = row0 + Shape::kRows < time ? row0 + Shape::kRows : time;
   const float scale = static_cast<float>(problem.scale) * kLog2E;
-  const Dropout<float> dropout(problem);
 
-  float out[kDim / 8][4] = {}, maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+  float out[kM][kDim / 8][4] = {}, maximum[kM][2], sum[kM][2] = {};
+#pragma unroll
+  for (auto& of_rows : maximum) of_rows[0] = of_rows[1] = -INFINITY;
   copy_tile<kForwardThreads>(shared.q, q, row0, 0);
-  copy_tile<kForwardThreads>(shared.k, k, 0, 0);
+  TileReader<decltype(shared.k), kForwardThreads> from_k(k, 0, 0), from_v(v, 0, 0);
+  from_k.copy_to(shared.k);
   commit_copies();
   for (int64_t key0 = 0; key0 < keys; key0 += kKeys) {
     wait_copies<0>();
     __syncthreads();  // k (and q) is whole, v free
-    copy_tile<kForwardThreads>(shared.v, v, key0, 0);
+    from_v.copy_to(shared.v);
+    from_v.move(kKeys, 0);
     commit_copies();
-    float s[kKeys / 8][4] = {};
-    add_product<T>(s, shared.q, warp() * kWarpRows, shared.k);
+    const int ahead = static_cast<int>(warp_row0 - key0);  // of the tile's first key
+    float s[kM][kKeys / 8][4] = {};
+    if (ahead > -kOwnRows) add_product<T>(s, shared.q, warp() * kOwnRows, shared.k);
     wait_copies<0>();
     __syncthreads();  // v is whole, k free
-    if (key0 + kKeys < keys) copy_tile<kForwardThreads>(shared.k, k, key0 + kKeys, 0);
+    from_k.move(kKeys, 0);
+    if (key0 + kKeys < keys) from_k.copy_to(shared.k);
     commit_copies();
+    if (ahead <= -kOwnRows) continue;  // all of it ahead of the warp's queries
 
-    const bool diagonal = key0 + kKeys > warp_row0 + 1;  // some score of the warp is ahead of it
+    scale_scores(s, scale);
+    if (ahead < kKeys - 1) hide_future(s, ahead);
 #pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n) {
+    for (int m = 0; m < kM; ++m) {
+      float rescale[2];
+      softmax_step(s[m], maximum[m], sum[m], rescale);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const bool seen =
-            !diagonal || key0 + n * 8 + element_column(i) <= warp_row0 + element_row(i);
-        s[n][i] = seen ? scale * s[n][i] : -INFINITY;
+      for (int n = 0; n < kDim / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[m][n][i] *= rescale[i / 2];
       }
-    }
-    float rescale[2];
-    softmax_step(s, maximum, sum, rescale);
-    if (dropout.on) {
-      const uint32_t kept = kept_by_query<kKeys / 8>(dropout.mask, head, warp_row0, key0);
+      if (problem.dropout_p == 0) continue;
+      const Dropout<float> dropout(problem);  // made here: it would keep registers all the time
+      const uint32_t kept = kept_by_query<kKeys / 8>(dropout.mask, head, warp_row0 + 16 * m, key0);
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) s[n][i] = kept >> (4 * n + i) & 1 ? s[n][i] : 0;
+        for (int i = 0; i < 4; ++i) s[m][n][i] = kept >> (4 * n + i) & 1 ? s[m][n][i] : 0;
       }
-    }
-#pragma unroll
-    for (int n = 0; n < kDim / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) out[n][i] *= rescale[i / 2];
     }
     add_product(out, s, shared.v, 0);
   }
 
-  float factor[2];
-  finish_softmax(p, dropout, head, warp_row0, maximum, sum, factor);
-  Slab& slab = slab_over_own_rows(shared.q);  // no other warp reads these
-  store_head<T>(p.out, problem, head, warp_row0, 0, slab, out, factor);
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+    float factor[2];
+    finish_softmax(p, Dropout<float>(problem), head, warp_row0 + 16 * m, maximum[m], sum[m],
+                   factor);
+    store_head<T>(p.out, problem, head, warp_row0 + 16 * m, 0, out[m], factor);
+  }
 }
 
 }  // namespace gpt_ext::cuda
@@ -207,15 +240,19 @@ void attention_forward(Cuda backend, const AttentionForward& p) {
       if (cuda::is_tiny<T>(p.problem)) return cuda::launch_tiny_forward<T>(backend, p);
     }
     if constexpr (sizeof(T) <= 4) {
-      if (cuda::on_tensor_cores<T>(p.problem.allow_tf32)) {
-        return cuda::dispatch_padded_dim(p.problem.dim, [&](auto dim) {
-          cuda::launch(backend, "attention_forward", cuda::attention_forward_mma_kernel<T, dim()>,
-                       cuda::head_tiles(p.problem, cuda::kForwardRows), cuda::kForwardThreads,
-                       sizeof(cuda::ForwardTiles<T, dim()>), p);
+      cuda::dispatch_operand<T>(p.problem.allow_tf32, [&](auto operand) {
+        using Operand = typename decltype(operand)::type;
+        cuda::dispatch_padded_dim(p.problem.dim, [&](auto dim) {
+          cuda::dispatch_rows<Operand, dim()>(p.problem, [&](auto m) {
+            cuda::launch(
+                backend, "attention_forward",
+                cuda::attention_forward_mma_kernel<Operand, dim(), m()>,
+                cuda::head_tiles(p.problem, cuda::ForwardShape<Operand, dim(), m()>::kRows),
+                cuda::kForwardThreads, sizeof(cuda::ForwardTiles<Operand, dim(), m()>), p);
+          });
         });
-      }
-    }
-    if constexpr (sizeof(T) >= 4) {
+      });
+    } else {
       cuda::dispatch_head_dim(p.problem.dim, [&](auto dim) {
         cuda::launch(backend, "attention_forward", cuda::attention_forward_kernel<T, dim()>,
                      heads * cuda::time_tiles<Acc>(p.problem), cuda::kThreads,

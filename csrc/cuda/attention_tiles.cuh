@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/attention.cuh"
+#include "cuda/run.cuh"
 #include "cuda/warp_tile.cuh"
 
 namespace gpt_ext::cuda {
@@ -22,6 +23,21 @@ void dispatch_padded_dim(int64_t dim, F&& f) {
   if (dim <= 64) return f(std::integral_constant<int, 64>{});
   if (dim <= 128) return f(std::integral_constant<int, 128>{});
   return f(std::integral_constant<int, 256>{});
+}
+
+// f(kM), where each of a block's four warps takes kM times 16 rows of a head: of up to 64 columns
+// of 16 bits, 32 rows, for which it loads the operands from shared memory once, which is what
+// limits it. Registers have no room for as many of wider rows. Nor are they worth blocks too few
+// for three rounds of two a multiprocessor. The bits of the result are the same.
+constexpr int kHeadWarps = 4;
+template <class T, int kDim, class F>
+void dispatch_rows(const AttentionProblem& p, F&& f) {
+  if constexpr (kRowBytes<T, kDim> <= 128) {
+    if (head_tiles(p, kHeadWarps * 2 * kWarpRows) >= 3 * 2 * multiprocessors()) {
+      return f(std::integral_constant<int, 2>{});
+    }
+  }
+  f(std::integral_constant<int, 1>{});
 }
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
@@ -97,20 +113,21 @@ __device__ inline void finish_softmax(const AttentionForward& p, const Dropout<f
 // that of the lane's rows g and g + 8.
 template <class T, int kTiles>
 __device__ void store_head(const Heads& x, const AttentionProblem& p, int64_t head, int64_t row0,
-                           int64_t column0, Slab& slab, float (&value)[kTiles][4],
-                           const float (&factor)[2]) {
-  T* data = static_cast<T*>(x.data) + head_offset(x, p, head);
+                           int64_t column0, float (&value)[kTiles][4], const float (&factor)[2]) {
+  const int64_t row = row0 + neighbour_row(), column = column0 + neighbour_column();
+  T* to = static_cast<T*>(x.data) + head_offset(x, p, head) + row * x.time + column;
+  const int columns = static_cast<int>(p.dim - column);
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) value[n][i] *= factor[i / 2];
   }
+  make_neighbours(value);
+  if (row >= p.time) return;
 #pragma unroll
-  for (int n = 0; n < kTiles; n += 2) {
-    for_each_element(slab, value[n], value[n + 1], [&](int row, int column, float element) {
-      const int64_t t = row0 + row, d = column0 + n * 8 + column;
-      if (t < p.time && d < p.dim) data[t * x.time + d] = static_cast<T>(element);
-    });
+  for (int n = 0; n < kTiles; ++n) {
+    const float(&four)[4] = value[n];
+    store_run(to + 8 * n, Run<float>{{four[0], four[1], four[2], four[3]}, columns - 8 * n});
   }
 }
 

@@ -38,26 +38,26 @@ __device__ void multiply_keys(float (&c)[2 * kTinyWarps][4],
     if (block > warp()) break;
 #pragma unroll
     for (int k = 0; k < kDim; k += 16) {
-      const Left a = load_left<false>(left, warp() * kWarpRows, k);
-      const Rights b = load_rights<true>(right, k, block * 16);
-      multiply_add<T>(c[2 * block], a.at, b.at[0]);
-      multiply_add<T>(c[2 * block + 1], a.at, b.at[1]);
+      const Left<T> a = load_left<false>(left, warp() * kWarpRows, k);
+      const Rights<T> b = load_rights<true>(right, k, block * 16);
+      multiply(c[2 * block], a, b.of[0]);
+      multiply(c[2 * block + 1], a, b.of[1]);
     }
   }
 }
 
 // c += P V or dS K, for the warp's queries, over the keys up to the diagonal.
 template <class T, int kTiles, int kDim>
-__device__ void sum_over_keys(float (&c)[kTiles][4], const Left (&left)[kTinyWarps],
+__device__ void sum_over_keys(float (&c)[kTiles][4], const Left<T> (&left)[kTinyWarps],
                               const WarpTile<T, kTinyTime, kDim>& right) {
 #pragma unroll
   for (int block = 0; block < kTinyWarps; ++block) {
     if (block > warp()) break;
 #pragma unroll
     for (int n = 0; n < kTiles; n += 2) {
-      const Rights b = load_rights<false>(right, block * 16, n * 8);
-      multiply_add<T>(c[n], left[block].at, b.at[0]);
-      multiply_add<T>(c[n + 1], left[block].at, b.at[1]);
+      const Rights<T> b = load_rights<false>(right, block * 16, n * 8);
+      multiply(c[n], left[block], b.of[0]);
+      multiply(c[n + 1], left[block], b.of[1]);
     }
   }
 }
@@ -74,7 +74,6 @@ __global__ void __launch_bounds__(kTinyThreads, 2)
   auto& shared = shared_memory<TinyForwardTiles<T, kDim>>();
   const AttentionProblem& problem = p.problem;
   const int64_t head = blockIdx.x, query0 = warp() * kWarpRows;
-  const Dropout<float> dropout(problem);
   const float scale = static_cast<float>(problem.scale) * kLog2E;
 
   copy_tile<kTinyThreads>(shared.q, head_matrix<T>(p.q, problem, head), 0, 0);
@@ -104,8 +103,8 @@ __global__ void __launch_bounds__(kTinyThreads, 2)
       max = fmaxf(max, __shfl_xor_sync(0xFFFFFFFFu, max, step));
     if (max == -INFINITY) max = 0;  // -inf - -inf is NaN
   }
-  const TinyKept kept(dropout, head, query0);
-  Left probabilities[kTinyWarps];
+  const TinyKept kept(Dropout<float>(problem), head, query0);
+  Left<T> probabilities[kTinyWarps];
 #pragma unroll
   for (int block = 0; block < kTinyWarps; ++block) {
     if (block > warp()) break;
@@ -126,8 +125,8 @@ __global__ void __launch_bounds__(kTinyThreads, 2)
   float out[kDim / 8][4] = {};
   sum_over_keys<T>(out, probabilities, shared.v);
   float factor[2];
-  finish_softmax(p, dropout, head, query0, maximum, sum, factor);
-  store_head<T>(p.out, problem, head, query0, 0, slab_over_own_rows(shared.q), out, factor);
+  finish_softmax(p, Dropout<float>(problem), head, query0, maximum, sum, factor);
+  store_head<T>(p.out, problem, head, query0, 0, out, factor);
 }
 
 template <class T, int kDim>
@@ -142,8 +141,7 @@ struct TinyGradientTiles {
 // tile's own rows of the warp = result, as far as the diagonal block.
 template <class T>
 __device__ void share_rows(WarpTile<T, kTinyTime, kTinyTime>& tile,
-                           const Left (&result)[kTinyWarps]) {
-  __syncwarp();  // the rows were this warp's slab
+                           const Left<T> (&result)[kTinyWarps]) {
 #pragma unroll
   for (int block = 0; block < kTinyWarps; ++block) {
     if (block > warp()) break;
@@ -162,12 +160,12 @@ __device__ void sum_over_queries(float (&c)[kTiles][4],
                                  const WarpTile<T, kTinyTime, kTinyTime>& left,
                                  const WarpTile<T, kTinyTime, kDim>& right, int64_t time) {
   for (int query0 = warp() * 16; query0 < time; query0 += 16) {
-    const Left a = load_left<true>(left, warp() * 16, query0);
+    const Left<T> a = load_left<true>(left, warp() * 16, query0);
 #pragma unroll
     for (int n = 0; n < kTiles; n += 2) {
-      const Rights b = load_rights<false>(right, query0, n * 8);
-      multiply_add<T>(c[n], a.at, b.at[0]);
-      multiply_add<T>(c[n + 1], a.at, b.at[1]);
+      const Rights<T> b = load_rights<false>(right, query0, n * 8);
+      multiply(c[n], a, b.of[0]);
+      multiply(c[n + 1], a, b.of[1]);
     }
   }
 }
@@ -178,9 +176,8 @@ __global__ void __launch_bounds__(kTinyThreads, 1)
   auto& shared = shared_memory<TinyGradientTiles<T, kDim>>();
   const AttentionProblem& problem = p.problem;
   const int64_t head = blockIdx.x, query0 = warp() * kWarpRows;
-  const Dropout<float> dropout(problem);
   const float scale = static_cast<float>(problem.scale) * kLog2E;
-  const float kept_scale = dropout.on ? dropout.scale : 1;
+  const float kept_scale = problem.dropout_p > 0 ? Dropout<float>(problem).scale : 1;
 
   copy_tile<kTinyThreads>(shared.q, head_matrix<T>(p.q, problem, head), 0, 0);
   copy_tile<kTinyThreads>(shared.k, head_matrix<T>(p.k, problem, head), 0, 0);
@@ -201,7 +198,7 @@ __global__ void __launch_bounds__(kTinyThreads, 1)
                     ? static_cast<const float*>(p.lse)[head * problem.time + query] * kLog2E
                     : 0;
   }
-  const TinyKept kept(dropout, head, query0);
+  const TinyKept kept(Dropout<float>(problem), head, query0);
 #pragma unroll
   for (int n = 0; n < 2 * kTinyWarps; ++n) {
     if (n / 2 > warp()) break;
@@ -217,7 +214,7 @@ __global__ void __launch_bounds__(kTinyThreads, 1)
   for (float& sum : delta) {
     for (int step = 1; step < 4; step *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
   }
-  Left dropped[kTinyWarps], ds[kTinyWarps];  // M P / kept_scale and dS
+  Left<T> dropped[kTinyWarps], ds[kTinyWarps];  // M P / kept_scale and dS
 #pragma unroll
   for (int block = 0; block < kTinyWarps; ++block) {
     if (block > warp()) break;
@@ -237,17 +234,16 @@ __global__ void __launch_bounds__(kTinyThreads, 1)
   float sums[kDim / 8][4] = {};
   sum_over_keys<T>(sums, ds, shared.k);
   __syncthreads();  // v, and so p, is free
-  Slab& slab = slab_over_own_rows(shared.p);
-  store_head<T>(p.dq, problem, head, query0, 0, slab, sums, {score_scale, score_scale});
+  store_head<T>(p.dq, problem, head, query0, 0, sums, {score_scale, score_scale});
 
-  const auto of_keys = [&](const Left(&rows)[kTinyWarps], const auto& right, const Heads& to,
+  const auto of_keys = [&](const Left<T>(&rows)[kTinyWarps], const auto& right, const Heads& to,
                            float factor) {
     share_rows(shared.p, rows);
     __syncthreads();  // p is whole
     float c[kDim / 8][4] = {};
     sum_over_queries<T>(c, shared.p, right, problem.time);
     __syncthreads();  // p is free
-    store_head<T>(to, problem, head, query0, 0, slab, c, {factor, factor});
+    store_head<T>(to, problem, head, query0, 0, c, {factor, factor});
   };
   of_keys(dropped, shared.dout, p.dv, kept_scale);
   of_keys(ds, shared.q, p.dk, score_scale);

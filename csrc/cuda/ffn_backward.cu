@@ -48,9 +48,10 @@ struct FfnBackwardParts {
  private:
   FfnBackwardParts(const FfnBackward& p, const FfnProblem& problem)
       : workspace(p.workspace),
-        g(workspace.take<Product>(
-            problem.rows * problem.model_dim,
-            p.dropout.p > 0 || (p.norm.weight != nullptr && !std::is_same_v<Stream, Product>))),
+        g(take_copy<Product>(workspace, problem.rows, problem.model_dim,
+                             p.dropout.p > 0 ||
+                                 (p.norm.weight != nullptr && !std::is_same_v<Stream, Product>) ||
+                                 !reads_well<Product>(problem.model_dim))),
         dz(workspace.take<Product>(problem.rows * problem.hidden_dim)),
         rows(p.x, p.norm, problem.rows, problem.model_dim, workspace),
         w1(p.w1, problem.hidden_dim, problem.model_dim, workspace),
@@ -67,9 +68,15 @@ template <class Stream, class Product>
 Matrix<Product> before_dropout(Cuda backend, const FfnBackward& p, Product* g) {
   const int64_t rows = p.problem.rows, d = p.problem.model_dim;
   if (g == nullptr) return {static_cast<const Product*>(p.dout), d, rows, d};
-  convert(backend, "ffn_backward: dropout", g, static_cast<const Stream*>(p.dout), rows, d,
-          p.dropout);
-  return {g, d, rows, d};
+  const auto make = [&](const auto* dout) {
+    convert(backend, "ffn_backward: dropout", g, copy_pitch<Product>(d), dout, rows, d, p.dropout);
+  };
+  if (p.norm.weight != nullptr) {
+    make(static_cast<const Stream*>(p.dout));
+  } else {
+    make(static_cast<const Product*>(p.dout));
+  }
+  return copied(g, rows, d);
 }
 
 // dW2 and db2. `hidden` (N, h), dz's memory before dz is made, holds act(z).

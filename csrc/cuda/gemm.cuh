@@ -1,29 +1,14 @@
 // C = op(A) op(B) for matrices in global memory, C handed to an epilogue in runs of neighbours.
-// The generic kernel, for float64, and for float32 where its products are not to be rounded.
+// The generic kernel, for float64.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include "cuda/launch.cuh"
+#include "cuda/run.cuh"
 #include "cuda/tile.cuh"
 
 namespace gpt_ext::cuda {
-
-// Up to four neighbours of a row of C; more than one only from a column on that is a multiple of 4.
-template <class Acc>
-struct Run {
-  Acc at[4];
-  int count;
-};
-
-// f(j) for each of them.
-template <class Acc, class F>
-__device__ void for_run(const Run<Acc>& run, F&& f) {
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    if (j < run.count) f(j);
-  }
-}
 
 enum class Layout {  // of A and B, N as they are and T transposed
   kNT,
@@ -47,6 +32,10 @@ __device__ void take_part(Matrix<T>& matrix, const Split& split, int64_t part) {
 
 // Blocks a multiprocessor must have registers for: as many as sm_86's shared memory holds.
 constexpr int kGemmBlocks = 3;
+
+// Whether an epilogue has a dropout: it then is told, too, which of a run's elements are kept.
+template <class Epilogue>
+constexpr bool kDrops = requires(const Epilogue& epilogue) { epilogue.dropout; };
 
 // A block a tile of C. epilogue(row, column, run) stores what it makes of the run.
 template <Layout kLayout, class T, class Epilogue>
@@ -72,7 +61,12 @@ __global__ void __launch_bounds__(kThreads, kGemmBlocks)
     for (int j = 0; j < Fragment<Acc>::kSide; ++j) {
       const int64_t row = row0 + fragment_row(i), column = column0 + fragment_column(j);
       if (row < rows && column < columns) {
-        epilogue(part * rows + row, column, Run<Acc>{{c.at[i][j]}, 1});
+        const Run<Acc> run{{c.at[i][j]}, 1};
+        if constexpr (kDrops<Epilogue>) {
+          epilogue(row, column, run, epilogue.dropout.kept(row, column));
+        } else {
+          epilogue(part * rows + row, column, run);
+        }
       }
     }
   }
@@ -89,22 +83,6 @@ void gemm_generic(Cuda backend, const char* name, const Matrix<T>& a, const Matr
   const Split parts = split != nullptr ? *split : Split{1, depth};
   launch(backend, name, gemm_kernel<kLayout, T, Epilogue>, tiles * parts.count, kThreads,
          sizeof(TilePair<Acc>), a, b, rows, columns, depth, parts, epilogue);
-}
-
-// Writes a run: at once, where it is whole and so aligned.
-template <class T, class Acc>
-__device__ void store_run(T* to, const Run<Acc>& run) {
-  struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) Four {
-    T at[4];
-  };
-  if (run.count == 4 && reinterpret_cast<uintptr_t>(to) % alignof(Four) == 0) {
-    Four four;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) four.at[j] = static_cast<T>(run.at[j]);
-    *reinterpret_cast<Four*>(to) = four;
-  } else {
-    for_run(run, [&](int j) { to[j] = static_cast<T>(run.at[j]); });
-  }
 }
 
 template <class T>

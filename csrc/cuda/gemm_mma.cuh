@@ -1,9 +1,9 @@
-// C = op(A) op(B) on tensor cores, of 16-bit elements and of float32 as tf32, C handed to an
-// epilogue in runs of neighbours.
+// C = op(A) op(B) on tensor cores, of 16-bit elements and of float32, as one tf32 number or as two,
+// C handed to an epilogue in runs of neighbours.
 //
 // A block computes a tile of C in steps of a few terms of the sums, whose operands are copied into
 // a ring of stages while the steps before are multiplied. Edges are filled with zeros in shared
-// memory: sides of 252 and 1008 need no padding elsewhere.
+// memory.
 #pragma once
 
 #include "cuda/gemm.cuh"
@@ -11,25 +11,23 @@
 
 namespace gpt_ext::cuda {
 
-// The weights' gradients (kTN) are small matrices of long sums: smaller tiles, so that there are
-// more blocks.
-template <class T, Layout kLayout>
+// Of a block: four warps, each a tile of 64 x 32, for which it loads six operands a term of 16 and
+// multiplies sixteen times.
+template <class T>
 struct GemmShape {
-  static constexpr bool kSmall = kLayout == Layout::kTN;
-  static constexpr int kRows = kSmall ? 64 : 128, kColumns = kRows;  // of a block
-  static constexpr int kWarpTileRows = kSmall ? 32 : 64, kWarpTileColumns = 32;
+  static constexpr int kRows = 128, kColumns = 64;
+  static constexpr int kWarpTileRows = 64, kWarpTileColumns = 32;
   static constexpr int kWarpsAcross = kColumns / kWarpTileColumns;
   static constexpr int kThreads = kRows / kWarpTileRows * kWarpsAcross * kWarpSize;
   // Terms of a step: rows of operands that lie along k are 64 bytes then, two sectors.
   static constexpr int kDepth = 64 / sizeof(T);
-  // Of a block 61 KB: two fit in a multiprocessor of sm_80, and one in one of sm_86.
+  // Of a block 46 KB: four fit in a multiprocessor of sm_90, three in one of sm_80, two of sm_86.
   static constexpr int kStages = 3;
-  static constexpr int kBlocks = kSmall ? 4 : 2;  // that registers must have room for
 };
 
 template <class T, Layout kLayout>
 struct GemmTiles {
-  using Shape = GemmShape<T, kLayout>;
+  using Shape = GemmShape<T>;
   static constexpr bool kTransposeA = kLayout == Layout::kTN, kTransposeB = kLayout == Layout::kNT;
   // An operand's `sides` rows or columns, along k or, a row a term, across it. float32 is loaded
   // from the latter one by one, of four rows eight neighbours: 8 banks apart, they are in all 32.
@@ -41,10 +39,7 @@ struct GemmTiles {
     Operand<Shape::kRows, kTransposeA> a;
     Operand<Shape::kColumns, !kTransposeB> b;
   };
-  union {
-    Stage stages[Shape::kStages];
-    Slab slabs[Shape::kThreads / kWarpSize];  // when the sums are complete
-  };
+  Stage stages[Shape::kStages];
 };
 
 template <class Shape>
@@ -53,14 +48,21 @@ __host__ __device__ int64_t column_tiles(int64_t columns, bool with_sums) {
   return tiles == 0 && with_sums ? 1 : tiles;
 }
 
+// Blocks a multiprocessor must have registers for: fewer where these hold sums of rows, or two
+// numbers for each of an operand.
+template <class T, Layout kLayout>
+constexpr int kBlocksForRegisters = std::is_same_v<T, SplitFloat> ? 2
+                                    : kLayout == Layout::kTN      ? 3
+                                                                  : 4;
+
 // epilogue(row, column, run) stores what it makes of the run. row_sums, if not null, gets the sums
 // of op(A)'s rows, which are op(A) times a column of ones: one more product of what is there. Not
 // of float32, which a product rounds and a sum does not.
 template <class T, Layout kLayout, class Epilogue, class Sums>
-__global__ void __launch_bounds__(GemmShape<T, kLayout>::kThreads, GemmShape<T, kLayout>::kBlocks)
+__global__ void __launch_bounds__(GemmShape<T>::kThreads, kBlocksForRegisters<T, kLayout>)
     gemm_mma_kernel(Matrix<T> a, Matrix<T> b, int64_t rows, int64_t columns, int64_t depth,
                     const Split split, const Epilogue epilogue, Sums* row_sums) {
-  using Shape = GemmShape<T, kLayout>;
+  using Shape = GemmShape<T>;
   using Tiles = GemmTiles<T, kLayout>;
   constexpr int kM = Shape::kWarpTileRows / 16, kN = Shape::kWarpTileColumns / 8;
   constexpr int kStages = Shape::kStages, kDepth = Shape::kDepth;
@@ -80,39 +82,48 @@ __global__ void __launch_bounds__(GemmShape<T, kLayout>::kThreads, GemmShape<T, 
     depth = a.rows;
   }
 
-  const auto copy_stage = [&](int64_t k) {
-    auto& stage = shared.stages[k / kDepth % kStages];
-    copy_tile<Shape::kThreads>(stage.a, a, Tiles::kTransposeA ? k : row0,
-                               Tiles::kTransposeA ? row0 : k);
-    copy_tile<Shape::kThreads>(stage.b, b, Tiles::kTransposeB ? column0 : k,
-                               Tiles::kTransposeB ? k : column0);
+  using Stage = typename Tiles::Stage;
+  TileReader<decltype(Stage::a), Shape::kThreads> from_a(a, Tiles::kTransposeA ? 0 : row0,
+                                                         Tiles::kTransposeA ? row0 : 0);
+  TileReader<decltype(Stage::b), Shape::kThreads> from_b(b, Tiles::kTransposeB ? column0 : 0,
+                                                         Tiles::kTransposeB ? 0 : column0);
+  const auto copy_next = [&](Stage& stage) {
+    from_a.copy_to(stage.a);
+    from_b.copy_to(stage.b);
+    from_a.move(Tiles::kTransposeA ? kDepth : 0, Tiles::kTransposeA ? 0 : kDepth);
+    from_b.move(Tiles::kTransposeB ? 0 : kDepth, Tiles::kTransposeB ? kDepth : 0);
   };
   float c[kM][kN][4] = {}, sums[kM][4] = {};
+  const int steps = static_cast<int>((depth + kDepth - 1) / kDepth);
 #pragma unroll
   for (int ahead = 0; ahead < kStages - 1; ++ahead) {
-    if (ahead * kDepth < depth) copy_stage(ahead * kDepth);
+    if (ahead < steps) copy_next(shared.stages[ahead]);
     commit_copies();
   }
-  for (int64_t k = 0; k < depth; k += kDepth) {
+  int at = 0, next = kStages - 1;  // the stage of this step, and of the one that is copied in it
+  for (int step = 0; step < steps; ++step) {
     wait_copies<kStages - 2>();
     __syncthreads();  // this step's stage is whole, and that of the step before free
-    if (k + (kStages - 1) * kDepth < depth) copy_stage(k + (kStages - 1) * kDepth);
+    if (step + kStages - 1 < steps) copy_next(shared.stages[next]);
     commit_copies();
-    const auto& stage = shared.stages[k / kDepth % kStages];
+    const auto& stage = shared.stages[at];
+    at = at + 1 < kStages ? at + 1 : 0;
+    next = next + 1 < kStages ? next + 1 : 0;
 #pragma unroll
     for (int term = 0; term < kDepth; term += kTerms<T>) {
-      Left left[kM];
+      Left<T> left[kM];
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         left[m] = load_left<Tiles::kTransposeA>(stage.a, warp_row0 + 16 * m, term);
       }
 #pragma unroll
       for (int n = 0; n < kN; n += 2) {
-        const Rights right = load_rights<Tiles::kTransposeB>(stage.b, term, warp_column0 + 8 * n);
+        const Rights<T> right =
+            load_rights<Tiles::kTransposeB>(stage.b, term, warp_column0 + 8 * n);
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
-          multiply_add<T>(c[m][n], left[m].at, right.at[0]);
-          multiply_add<T>(c[m][n + 1], left[m].at, right.at[1]);
+          add_terms(c[m][n], left[m], right.of[0]);
+          add_terms(c[m][n + 1], left[m], right.of[1]);
         }
       }
       if constexpr (kHasSums) {
@@ -123,28 +134,49 @@ __global__ void __launch_bounds__(GemmShape<T, kLayout>::kThreads, GemmShape<T, 
       }
     }
   }
-  __syncthreads();  // the stages are free, for the slabs; no copy is on its way any more
 
-  Slab& slab = shared.slabs[warp()];
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-    const int64_t block_row0 = row0 + warp_row0 + 16 * m;
-#pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      for_each_four(slab, c[m][n], c[m][n + 1], [&](int r, int c, const float(&four)[4]) {
-        const int64_t row = block_row0 + r, column = column0 + warp_column0 + 8 * n + c;
-        const int64_t left = columns - column;
-        if (row >= rows || left <= 0) return;
-        const int count = left < 4 ? static_cast<int>(left) : 4;
-        epilogue(part * rows + row, column,
-                 Run<float>{{four[0], four[1], four[2], four[3]}, count});
-      });
+  // Which of this lane's runs of four are kept, four bits each: a loop, for a draw's code is long.
+  uint64_t kept = ~uint64_t{0};
+  static_assert(4 * kM * kN <= 64);
+  const int64_t lane_row0 = row0 + warp_row0 + neighbour_row();
+  const int64_t lane_column0 = column0 + warp_column0 + neighbour_column();
+  if constexpr (kDrops<Epilogue>) {
+    if (epilogue.dropout.on()) {
+      kept = 0;
+#pragma unroll 1
+      for (int run = 0; run < kM * kN; ++run) {
+        const uint64_t bits =
+            epilogue.dropout.kept(lane_row0 + run / kN * 16, lane_column0 + run % kN * 8);
+        kept |= bits << 4 * run;
+      }
     }
-    if constexpr (kHasSums) {
-      if (!with_sums || lane() % 4 != 0) continue;
+  }
+#pragma unroll
+  for (int m = 0; m < kM; ++m) make_neighbours(c[m]);
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    const int64_t column = lane_column0 + 8 * n, left = columns - column;
+    const int count = left < 4 ? static_cast<int>(left) : 4;
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      const float(&four)[4] = c[m][n];
+      const Run<float> run{{four[0], four[1], four[2], four[3]}, count};
+      const int64_t row = lane_row0 + 16 * m;
+      if (row >= rows || count <= 0) continue;
+      if constexpr (kDrops<Epilogue>) {
+        epilogue(row, column, run, static_cast<uint32_t>(kept >> 4 * (m * kN + n)));
+      } else {
+        epilogue(part * rows + row, column, run);
+      }
+    }
+  }
+  if constexpr (kHasSums) {
+    if (!with_sums || lane() % 4 != 0) return;
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {  // every column holds the sum
-        const int64_t row = block_row0 + element_row(i);
+        const int64_t row = row0 + warp_row0 + 16 * m + element_row(i);
         if (row < rows) row_sums[part * rows + row] = static_cast<Sums>(sums[m][i]);
       }
     }
@@ -156,7 +188,7 @@ template <Layout kLayout, class T, class Epilogue, class Sums = T>
 void gemm_mma(Cuda backend, const char* name, const Matrix<T>& a, const Matrix<T>& b, int64_t rows,
               int64_t columns, int64_t depth, const Epilogue& epilogue, const Split* split,
               Sums* row_sums = nullptr) {
-  using Shape = GemmShape<T, kLayout>;
+  using Shape = GemmShape<T>;
   const int64_t tiles =
       (rows + Shape::kRows - 1) / Shape::kRows * column_tiles<Shape>(columns, row_sums != nullptr);
   const Split parts = split != nullptr ? *split : Split{1, depth};
@@ -170,13 +202,17 @@ template <Layout kLayout, class T, class Epilogue>
 void gemm(Cuda backend, const char* name, bool allow_tf32, const Matrix<T>& a, const Matrix<T>& b,
           int64_t rows, int64_t columns, int64_t depth, const Epilogue& epilogue,
           const Split* split = nullptr) {
-  if constexpr (sizeof(T) <= 4) {
-    if (on_tensor_cores<T>(allow_tf32))
-      return gemm_mma<kLayout>(backend, name, a, b, rows, columns, depth, epilogue, split);
-  }
-  if constexpr (sizeof(T) >= 4) {
-    gemm_generic<kLayout>(backend, name, a, b, rows, columns, depth, epilogue, split);
-  }
+  dispatch_operand<T>(allow_tf32, [&](auto operand) {
+    using Element = typename decltype(operand)::type;
+    const auto of = [](const Matrix<T>& x) {
+      return Matrix<Element>{reinterpret_cast<const Element*>(x.data), x.stride, x.rows, x.columns};
+    };
+    if constexpr (sizeof(T) == 8) {
+      gemm_generic<kLayout>(backend, name, a, b, rows, columns, depth, epilogue, split);
+    } else {
+      gemm_mma<kLayout>(backend, name, of(a), of(b), rows, columns, depth, epilogue, split);
+    }
+  });
 }
 
 }  // namespace gpt_ext::cuda

@@ -34,16 +34,20 @@ void dispatch_dtype(DType dtype, F&& f) {
   throw Error("unknown dtype");
 }
 
-// Whether products of T are taken on tensor cores: those of 16 bits, and where it is allowed those
-// of float32, as tf32.
-template <class T>
-constexpr bool on_tensor_cores(bool allow_tf32) {
-  return sizeof(T) == 2 || (sizeof(T) == 4 && allow_tf32);
-}
-
 // What a block may have of shared memory without asking, and what it gets by asking on sm_86 and
 // sm_89, which have the least.
 constexpr size_t kSharedBytes = 48 * 1024, kMaxSharedBytes = 99 * 1024;
+
+// Multiprocessors of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) {
+    status = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  }
+  check(status == cudaSuccess, "multiprocessors: ", cudaGetErrorString(status));
+  return count;
+}
 
 // Enqueues kernel(args...) on a row of blocks: along x, the only side that takes 2^31 - 1 of them.
 // Without blocks there is no work, and nothing is launched.

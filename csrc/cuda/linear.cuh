@@ -43,19 +43,25 @@ class DropoutFactors {
         mask_(0, dropout.p),
         scale_(ResidualDropout::kept_scale(dropout.p)) {}
 
-  // Multiplies a run by them: one draw, for its columns share their quotient by 4.
-  template <class Acc>
-  __device__ void apply(int64_t row, int64_t column, Run<Acc>& run) const {
-    if (seed_ == nullptr) return;
+  __device__ bool on() const { return seed_ != nullptr; }
+
+  // Bit j says whether the element at column + j is kept, as far as the next multiple of 4: of one
+  // draw, for these columns share their quotient by 4.
+  __device__ uint32_t kept(int64_t row, int64_t column) const {
+    if (!on()) return ~0u;
     Philox4 place = ResidualDropout::first_block(row);
     place.word[0] = static_cast<uint32_t>(column / 4);
     const Philox4 drawn = philox(static_cast<uint64_t>(*seed_), place);
-    uint32_t kept = 0;
+    uint32_t bits = 0;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) kept |= uint32_t{drawn.word[j] >= mask_.threshold} << j;
-    for_run(run, [&](int j) {
-      run.at[j] *= kept >> (column % 4 + j) & 1 ? static_cast<Acc>(scale_) : Acc{0};
-    });
+    for (int j = 0; j < 4; ++j) bits |= uint32_t{drawn.word[j] >= mask_.threshold} << j;
+    return bits >> column % 4;
+  }
+
+  template <class Acc>
+  __device__ void apply(Run<Acc>& run, uint32_t kept) const {
+    if (!on()) return;
+    for_run(run, [&](int j) { run.at[j] *= kept >> j & 1 ? static_cast<Acc>(scale_) : Acc{0}; });
   }
 
  private:
@@ -72,12 +78,12 @@ struct StoreLinear {
   const Stream *bias, *residual;
   int64_t columns;
   DropoutFactors dropout;
-  __device__ void operator()(int64_t row, int64_t column, Run<Acc> run) const {
+  __device__ void operator()(int64_t row, int64_t column, Run<Acc> run, uint32_t kept) const {
     const int64_t index = row * columns + column;
     if (bias != nullptr) {
       for_run(run, [&](int j) { run.at[j] += static_cast<Acc>(bias[column + j]); });
     }
-    dropout.apply(row, column, run);
+    dropout.apply(run, kept);
     if (residual != nullptr) {
       for_run(run, [&](int j) { run.at[j] += static_cast<Acc>(residual[index + j]); });
     }
@@ -85,93 +91,152 @@ struct StoreLinear {
   }
 };
 
-// to = dropout(from), of another type: a thread takes four neighbours of a row.
+// to = dropout(from), of another type or pitch, whose rows end in zeros: a thread takes four
+// neighbours of a row.
 template <class To, class From>
 __global__ void __launch_bounds__(kThreads)
-    convert_kernel(To* to, const From* from, int64_t rows, int64_t columns,
+    convert_kernel(To* to, int64_t pitch, const From* from, int64_t rows, int64_t columns,
                    const DropoutFactors dropout) {
   using Acc = Accumulator<From>;
-  const int64_t across = (columns + 3) / 4;
+  const int64_t across = (pitch + 3) / 4;
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int64_t row = index / across, column = index % across * 4;
   if (row >= rows) return;
-  const int64_t left = columns - column, at = row * columns + column;
-  Run<Acc> run{{}, left < 4 ? static_cast<int>(left) : 4};
-  for_run(run, [&](int j) { run.at[j] = static_cast<Acc>(from[at + j]); });
-  dropout.apply(row, column, run);
-  store_run(to + at, run);
+  Run<Acc> run{{}, static_cast<int>(pitch - column)};
+  for_run(run, [&](int j) {
+    if (column + j < columns) run.at[j] = static_cast<Acc>(from[row * columns + column + j]);
+  });
+  dropout.apply(run, dropout.kept(row, column));
+  store_run(to + row * pitch + column, run);
 }
 template <class To, class From>
-void convert(Cuda backend, const char* name, To* to, const From* from, int64_t rows,
+void convert(Cuda backend, const char* name, To* to, int64_t pitch, const From* from, int64_t rows,
              int64_t columns, const Dropout& dropout = {}) {
   launch(backend, name, convert_kernel<To, From>,
-         (rows * ((columns + 3) / 4) + kThreads - 1) / kThreads, kThreads, 0, to, from, rows,
+         (rows * ((pitch + 3) / 4) + kThreads - 1) / kThreads, kThreads, 0, to, pitch, from, rows,
          columns, DropoutFactors(dropout));
 }
 
-// A weight (o, d) as products read it: itself, or a copy in their type.
+// Whether products can read a matrix of such rows with cp.async, 4 bytes at a time at least. Of
+// rows that it does not take, such as those of GPT-2's 50,257 logits, a copy costs less than it
+// saves.
+template <class Product>
+bool reads_well(int64_t columns) {
+  return columns * sizeof(Product) % 4 == 0;
+}
+
+// The pitch of a copy: its rows are whole sectors of 32 bytes, and end in zeros.
+template <class Product>
+int64_t copy_pitch(int64_t columns) {
+  constexpr int64_t kSector = 32 / sizeof(Product);
+  return (columns + kSector - 1) / kSector * kSector;
+}
+
+// What of a workspace holds a copy of (rows, columns), or null where none is `wanted`.
+template <class Product>
+Product* take_copy(Workspace& workspace, int64_t rows, int64_t columns, bool wanted) {
+  return workspace.take<Product>(rows * copy_pitch<Product>(columns), wanted);
+}
+
+// It as an operand: sums over its columns go on through zeros.
+template <class Product>
+Matrix<Product> copied(const Product* copy, int64_t rows, int64_t columns) {
+  const int64_t pitch = copy_pitch<Product>(columns);
+  return {copy, pitch, rows, pitch};
+}
+
+// A weight (o, d) as products read it: itself, or a copy.
 template <class Product, class Stream>
 struct Weight {
   const Stream* stream;
-  Product* copy;  // null where the types are the same
+  Product* copy;  // null: itself
   int64_t rows, columns;
 
   Weight(const void* w, int64_t rows, int64_t columns, Workspace& workspace)
       : stream(static_cast<const Stream*>(w)),
-        copy(workspace.take<Product>(rows * columns, !std::is_same_v<Product, Stream>)),
+        copy(take_copy<Product>(workspace, rows, columns,
+                                !std::is_same_v<Product, Stream> || !reads_well<Product>(columns))),
         rows(rows),
         columns(columns) {}
 
   Matrix<Product> matrix(Cuda backend, const char* name) const {
     if constexpr (std::is_same_v<Product, Stream>) {
-      return {stream, columns, rows, columns};
-    } else {
-      convert(backend, name, copy, stream, rows, columns);
-      return {copy, columns, rows, columns};
+      if (copy == nullptr) return {stream, columns, rows, columns};
     }
+    convert(backend, name, copy, copy_pitch<Product>(columns), stream, rows, columns);
+    return copied(copy, rows, columns);
   }
 };
 
-// The rows (N, d) that a product reads: x, or norm(x), made in the workspace.
+// The rows (N, d) that a product reads: x, or a copy or norm(x), made in the workspace.
 template <class Product, class Stream>
 struct Rows {
   const void* x;
-  Product* normed;  // null where there is no norm
+  Product* made;  // null: x
   int64_t rows, columns;
 
   Rows(const void* x, const LayerNorm& norm, int64_t rows, int64_t columns, Workspace& workspace)
       : x(x),
-        normed(workspace.take<Product>(rows * columns, norm.weight != nullptr)),
+        made(take_copy<Product>(workspace, rows, columns,
+                                norm.weight != nullptr || !reads_well<Product>(columns))),
         rows(rows),
         columns(columns) {}
 
   // For forward, which takes the norm's statistics first, and for backward, which has them.
   Matrix<Product> matrix(Cuda backend, const char* name, const LayerNorm& norm,
                          bool statistics_taken) const {
-    if (norm.weight == nullptr) return {static_cast<const Product*>(x), columns, rows, columns};
-    const Stream* in = static_cast<const Stream*>(x);
-    if (!statistics_taken) {
-      launch(backend, name, norm_statistics_kernel<Stream>, row_blocks(rows), kRowThreads, 0, in,
-             Norm<Stream>(norm), rows, columns);
+    if (made == nullptr) return {static_cast<const Product*>(x), columns, rows, columns};
+    const int64_t pitch = copy_pitch<Product>(columns);
+    if (norm.weight == nullptr) {
+      convert(backend, name, made, pitch, static_cast<const Product*>(x), rows, columns);
+    } else {
+      launch(backend, name, normalize_kernel<Stream, Product>, row_blocks(rows), kRowThreads, 0,
+             made, pitch, static_cast<const Stream*>(x), Norm<Stream>(norm), rows, columns,
+             statistics_taken);
     }
-    launch(backend, name, normalize_kernel<Stream, Product>, row_blocks(rows), kRowThreads, 0,
-           normed, in, Norm<Stream>(norm), rows, columns);
-    return {normed, columns, rows, columns};
+    return copied(made, rows, columns);
   }
 };
 
-// A weight's gradient is a small matrix of long sums. Where its tiles, of 64 x 64, are fewer than
-// two blocks for each of an H100's 132 multiprocessors, the sums are cut, but not below 256 terms,
-// the eight steps in which a block's stages fill. By the sizes alone: so are the bits of the
-// result.
+// A weight's gradient is a small matrix of long sums. Where its tiles are fewer than two blocks for
+// each of an H100's 132 multiprocessors, the sums are cut, but not below 256 terms, the eight steps
+// in which a block's stages fill. By the sizes alone: so are the bits of the result.
 inline Split split_sums(int64_t rows, int64_t columns, int64_t depth) {
-  constexpr int64_t kTiles = 64, kBlocks = 2 * 132, kLeast = 256;
-  const int64_t tiles = ((rows + kTiles - 1) / kTiles) * ((columns + kTiles - 1) / kTiles);
+  using Shape = GemmShape<float>;  // that of all types
+  constexpr int64_t kBlocks = 2 * 132, kLeast = 256, kMultiple = 64;
+  const int64_t tiles = ((rows + Shape::kRows - 1) / Shape::kRows) *
+                        ((columns + Shape::kColumns - 1) / Shape::kColumns);
   const int64_t wanted = tiles > 0 ? kBlocks / tiles : 1;
   const int64_t count = std::min(wanted, depth / kLeast);
   if (count <= 1) return {1, depth};
-  const int64_t terms = ((depth + count - 1) / count + kTiles - 1) / kTiles * kTiles;
+  const int64_t terms = ((depth + count - 1) / count + kMultiple - 1) / kMultiple * kMultiple;
   return {(depth + terms - 1) / terms, terms};
+}
+
+// The sums of `count` parts of `size` elements each, one part after another.
+template <class To, class Acc>
+struct PartSums {
+  To* sums;
+  const Acc* parts;
+  int64_t size;
+
+  __device__ void add_up(int64_t i, int64_t count) const {
+    Acc sum = 0;
+    for (int64_t part = 0; part < count; ++part) sum += parts[part * size + i];
+    sums[i] = static_cast<To>(sum);
+  }
+};
+
+// Those of two arrays at once.
+template <class To, class Acc>
+__global__ void __launch_bounds__(kThreads)
+    add_parts_kernel(const PartSums<To, Acc> first, const PartSums<To, Acc> second, int64_t count) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i < first.size) {
+    first.add_up(i, count);
+  } else if (i < first.size + second.size) {
+    second.add_up(i - first.size, count);
+  }
 }
 
 // dw (o, d) = g^T y and db (o) = sums of g's rows, either null where not wanted.
@@ -194,37 +259,36 @@ class WeightGradients {
   void compute(Cuda backend, const char* name, const Matrix<Product>& g,
                const Matrix<Product>& y) const {
     if (dw_ == nullptr && db_ == nullptr) return;
+    const bool in_parts = split_.count > 1;
+    bool sums_in_parts = false;
     if constexpr (sizeof(Product) == 2) {
       const int64_t columns = dw_ == nullptr ? 0 : d_;
-      if (split_.count == 1) {
+      if (!in_parts) {
         return gemm_mma<Layout::kTN>(backend, name, g, y, o_, columns, y.rows,
                                      Store<Stream>{dw_, d_}, &split_, db_);
       }
       gemm_mma<Layout::kTN>(backend, name, g, y, o_, columns, y.rows, Store<Acc>{dw_parts_, d_},
                             &split_, db_parts_);
-      if (db_ != nullptr) add_parts(backend, name, db_, db_parts_, o_);
+      sums_in_parts = db_ != nullptr;
     } else {
       if (db_ != nullptr) {
-        column_sums(backend, name, Columns<Product>{g.data, o_}, StoreSum<Stream>{db_}, g.rows, o_,
-                    db_parts_);
+        column_sums(backend, name, Columns<Product>{g.data, g.stride}, StoreSum<Stream>{db_},
+                    g.rows, o_, db_parts_);
       }
       if (dw_ == nullptr) return;
-      Acc* to = split_.count == 1 ? dw_ : dw_parts_;
-      gemm<Layout::kTN>(backend, name, allow_tf32_, g, y, o_, d_, y.rows, Store<Acc>{to, d_},
-                        &split_);
+      gemm<Layout::kTN>(backend, name, allow_tf32_, g, y, o_, d_, y.rows,
+                        Store<Acc>{in_parts ? dw_parts_ : dw_, d_}, &split_);
     }
-    if (dw_ != nullptr && split_.count > 1) add_parts(backend, name, dw_, dw_parts_, o_ * d_);
+    if (!in_parts) return;
+    const int64_t size = dw_ == nullptr ? 0 : o_ * d_, sums = sums_in_parts ? o_ : 0;
+    launch(backend, name, add_parts_kernel<Stream, Acc>, (size + sums + kThreads - 1) / kThreads,
+           kThreads, 0, {dw_, dw_parts_, size}, {db_, db_parts_, sums}, split_.count);
   }
 
  private:
   int64_t db_sums(int64_t rows) const {
     if (sizeof(Product) == 2) return split_.count > 1 ? split_.count * o_ : 0;
     return partial_sums(rows, o_);
-  }
-  void add_parts(Cuda backend, const char* name, Stream* sum, const Acc* parts,
-                 int64_t size) const {
-    short_column_sums(backend, name, Columns<Acc>{parts, size}, StoreSum<Stream>{sum}, split_.count,
-                      size);
   }
 
   Stream *dw_, *db_;

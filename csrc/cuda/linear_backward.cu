@@ -15,9 +15,10 @@ struct LinearBackwardParts {
 
   explicit LinearBackwardParts(const LinearBackward& p)
       : workspace(p.workspace),
-        g(workspace.take<Product>(
-            p.problem.rows * p.problem.out_dim,
-            p.dropout.p > 0 || (p.has_residual && !std::is_same_v<Stream, Product>))),
+        g(take_copy<Product>(workspace, p.problem.rows, p.problem.out_dim,
+                             p.dropout.p > 0 ||
+                                 (p.has_residual && !std::is_same_v<Stream, Product>) ||
+                                 !reads_well<Product>(p.problem.out_dim))),
         rows(p.x, p.norm, p.problem.rows, p.problem.in_dim, workspace),
         w(p.w, p.problem.out_dim, p.problem.in_dim, workspace),
         of_input(p, p.problem.rows, p.problem.in_dim, workspace),
@@ -30,15 +31,16 @@ template <class Stream, class Product>
 Matrix<Product> before_dropout(Cuda backend, const LinearBackward& p, Product* g) {
   const int64_t rows = p.problem.rows, o = p.problem.out_dim;
   if (g == nullptr) return {static_cast<const Product*>(p.dout), o, rows, o};
-  const auto undo = [&](const auto* dout) {
-    convert(backend, "linear_backward: dropout", g, dout, rows, o, p.dropout);
+  const auto make = [&](const auto* dout) {
+    convert(backend, "linear_backward: dropout", g, copy_pitch<Product>(o), dout, rows, o,
+            p.dropout);
   };
   if (p.has_residual) {
-    undo(static_cast<const Stream*>(p.dout));
+    make(static_cast<const Stream*>(p.dout));
   } else {
-    undo(static_cast<const Product*>(p.dout));
+    make(static_cast<const Product*>(p.dout));
   }
-  return {g, o, rows, o};
+  return copied(g, rows, o);
 }
 
 }  // namespace gpt_ext::cuda

@@ -18,19 +18,23 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Begins to copy kBytes from global to shared memory, both aligned to as many: `bytes` of them, for
-// which alone global memory is read, and zeros.
+// Begins to copy kBytes from global to shared memory, both aligned to as many; or, without reading
+// global memory, zeros.
 template <int kBytes>
-__device__ void copy_async(void* shared, const void* global, int bytes) {
+__device__ void copy_async(void* shared, const void* global, bool zeros) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
   if constexpr (kBytes == 16) {  // these go past L1
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
-                 "l"(global), "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "{.reg .pred zeros; setp.ne.b32 zeros, %2, 0;"
+        " cp.async.cg.shared.global [%0], [%1], 16, zeros;}" ::"r"(shared_address(shared)),
+        "l"(global), "r"(int{zeros})
+        : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)),
-                 "l"(global), "n"(kBytes), "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "{.reg .pred zeros; setp.ne.b32 zeros, %3, 0;"
+        " cp.async.ca.shared.global [%0], [%1], %2, zeros;}" ::"r"(shared_address(shared)),
+        "l"(global), "n"(kBytes), "r"(int{zeros})
+        : "memory");
   }
 }
 

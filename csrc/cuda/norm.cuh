@@ -31,6 +31,9 @@ struct Norm {
   }
 };
 
+__device__ inline float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+__device__ inline double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+
 // Sum of f(column) over a row, in every lane.
 template <class Acc, class F>
 __device__ Acc row_total(int64_t columns, F&& f) {
@@ -39,40 +42,38 @@ __device__ Acc row_total(int64_t columns, F&& f) {
   return warp_sum(sum);
 }
 
-// The mean first, then the deviations from it: the mean of squares would lose their digits.
-template <class Stream>
+// y = norm(x), its rows `pitch` apart and zero where they are longer. Where the statistics are not
+// taken yet, they are first, and kept: the mean, then the deviations from it, for the mean of
+// squares would lose their digits.
+template <class Stream, class Product>
 __global__ void __launch_bounds__(kRowThreads)
-    norm_statistics_kernel(const Stream* x, const Norm<Stream> norm, int64_t rows,
-                           int64_t columns) {
+    normalize_kernel(Product* y, int64_t pitch, const Stream* x, const Norm<Stream> norm,
+                     int64_t rows, int64_t columns, bool statistics_taken) {
   using Acc = Accumulator<Stream>;
   const int64_t row = int64_t{blockIdx.x} * kRowWarps + warp();
   if (row >= rows) return;  // the whole warp
   const Stream* in = x + row * columns;
-  const Acc mean =
-      row_total<Acc>(columns, [&](int64_t i) { return static_cast<Acc>(in[i]); }) / columns;
-  const Acc variance = row_total<Acc>(columns,
-                                      [&](int64_t i) {
-                                        const Acc centred = static_cast<Acc>(in[i]) - mean;
-                                        return centred * centred;
-                                      }) /
-                       columns;
-  if (lane() > 0) return;
-  norm.mean[row] = mean;
-  norm.rstd[row] = 1 / sqrt(variance + norm.eps);
-}
-
-// y = norm(x), of what the statistics were taken before.
-template <class Stream, class Product>
-__global__ void __launch_bounds__(kRowThreads)
-    normalize_kernel(Product* y, const Stream* x, const Norm<Stream> norm, int64_t rows,
-                     int64_t columns) {
-  const int64_t row = int64_t{blockIdx.x} * kRowWarps + warp();
-  if (row >= rows) return;
-  for (int64_t i = lane(); i < columns; i += kWarpSize) {
-    const auto value = norm.normalized(x[row * columns + i], row);
-    y[row * columns + i] =
-        static_cast<Product>(value * static_cast<decltype(value)>(norm.weight[i]) +
-                             static_cast<decltype(value)>(norm.bias[i]));
+  Acc mean, rstd;
+  if (statistics_taken) {
+    mean = norm.mean[row], rstd = norm.rstd[row];
+  } else {
+    mean = row_total<Acc>(columns, [&](int64_t i) { return static_cast<Acc>(in[i]); }) / columns;
+    const Acc variance = row_total<Acc>(columns,
+                                        [&](int64_t i) {
+                                          const Acc centred = static_cast<Acc>(in[i]) - mean;
+                                          return centred * centred;
+                                        }) /
+                         columns;
+    rstd = 1 / sqrt(variance + norm.eps);
+    if (lane() == 0) norm.mean[row] = mean, norm.rstd[row] = rstd;
+  }
+  for (int64_t i = lane(); i < pitch; i += kWarpSize) {
+    Acc value = 0;
+    if (i < columns) {
+      const Acc hat = (static_cast<Acc>(in[i]) - mean) * rstd;
+      value = hat * static_cast<Acc>(norm.weight[i]) + static_cast<Acc>(norm.bias[i]);
+    }
+    y[row * pitch + i] = static_cast<Product>(value);
   }
 }
 
@@ -85,15 +86,21 @@ __global__ void __launch_bounds__(kRowThreads)
   const int64_t row = int64_t{blockIdx.x} * kRowWarps + warp();
   if (row >= rows) return;
   const int64_t first = row * columns;
+  const Acc mean = norm.mean[row], rstd = norm.rstd[row];
+  // Rounded, not the exact product of a fused multiply-add: of a row of one element, u less its
+  // mean is 0 and would be the rounding's error, times a rstd of hundreds.
   const auto u = [&](int64_t i) {
-    return static_cast<Acc>(dx[first + i]) * static_cast<Acc>(norm.weight[i]);
+    return rounded_product(static_cast<Acc>(dx[first + i]), static_cast<Acc>(norm.weight[i]));
   };
-  const auto hat = [&](int64_t i) { return norm.normalized(x[first + i], row); };
-  const Acc mean = row_total<Acc>(columns, u) / columns;
-  const Acc product_mean =
-      row_total<Acc>(columns, [&](int64_t i) { return u(i) * hat(i); }) / columns;
+  const auto hat = [&](int64_t i) { return (static_cast<Acc>(x[first + i]) - mean) * rstd; };
+  Acc sum = 0, product_sum = 0;
   for (int64_t i = lane(); i < columns; i += kWarpSize) {
-    Acc value = (u(i) - mean - hat(i) * product_mean) * norm.rstd[row];
+    const Acc of_column = u(i);
+    sum += of_column, product_sum += of_column * hat(i);
+  }
+  const Acc u_mean = warp_sum(sum) / columns, product_mean = warp_sum(product_sum) / columns;
+  for (int64_t i = lane(); i < columns; i += kWarpSize) {
+    Acc value = (u(i) - u_mean - hat(i) * product_mean) * rstd;
     if (skip != nullptr) value += static_cast<Acc>(skip[first + i]);
     dx[first + i] = static_cast<Stream>(value);
   }

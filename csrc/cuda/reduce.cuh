@@ -90,9 +90,9 @@ void column_sums(Cuda backend, const char* name, const Value& value, const Store
 template <class T>
 struct Columns {
   const T* data;
-  int64_t columns;
+  int64_t stride;
   __device__ Accumulator<T> operator()(int64_t row, int64_t column) const {
-    return static_cast<Accumulator<T>>(data[row * columns + column]);
+    return static_cast<Accumulator<T>>(data[row * stride + column]);
   }
 };
 template <class T>

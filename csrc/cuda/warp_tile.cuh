@@ -1,5 +1,5 @@
-// Products on tensor cores, of 16-bit elements and of float32 as tf32: tiles in shared memory, each
-// warp 16 rows at a time.
+// Products on tensor cores, of 16-bit elements and of float32, as one tf32 number or as two: tiles
+// in shared memory, each warp 16 rows at a time.
 //
 // A warp's 16 x 8 of a result, summed in float32, is float[4] in each lane, spread as mma.cuh says:
 // with g = lane / 4 and t = lane % 4, element i is at row g + 8 (i / 2), column 2t + i % 2.
@@ -7,6 +7,8 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -39,55 +41,184 @@ struct alignas(16) WarpTile {
   T at[kRows][kColumns + kPadding];
 };
 
-template <int kThreadCount, int kBytes, class Tile, class T>
-__device__ void copy_pieces(Tile& tile, const T* data, int64_t stride, int rows, int columns) {
-  constexpr int kWidth = kBytes / sizeof(T), kPieces = Tile::kColumns / kWidth;  // in a row
-#pragma unroll 1
-  for (int i = threadIdx.x; i < Tile::kRows * kPieces; i += kThreadCount) {
-    const int row = i / kPieces, column = i % kPieces * kWidth, left = columns - column;
-    const int count = row >= rows || left < 0 ? 0 : left < kWidth ? left : kWidth;
-    const T* from = data + (count > 0 ? row * stride + column : 0);
-    T* to = &tile.at[row][column];
-    if constexpr (kBytes < 4) {
-      *to = count > 0 ? *from : T(0.0f);
-    } else {
-      copy_async<kBytes>(to, from, count * static_cast<int>(sizeof(T)));
+// A tile as kThreadCount threads copy it, in pieces of kBytes. As many of them as make a power of
+// two copy a row: each then has the same pieces of all its rows.
+template <class Tile, int kThreadCount, int kBytes>
+struct Pieces {
+  static constexpr int kWidth = kBytes / sizeof(typename Tile::Element);
+  static constexpr int kCount = Tile::kColumns / kWidth;  // of a row
+  static constexpr int kAcross = std::min<int>(std::bit_ceil(unsigned{kCount}), kThreadCount);
+  static constexpr int kRowStep = kThreadCount / kAcross;
+  __device__ static int first_row() { return threadIdx.x / kAcross; }
+  __device__ static int first_column() { return static_cast<int>(threadIdx.x) % kAcross * kWidth; }
+};
+
+// The tiles of a matrix on their way to shared memory, one after another: this thread's part.
+template <class Tile, int kThreadCount>
+class TileReader {
+ public:
+  using T = typename Tile::Element;
+
+  // The first is at matrix[row0 .., column0 ..]; column0 is a multiple of 8. In pieces of as many
+  // bytes as rows begin and end at multiples of: one of 42 elements is only a multiple of 4, and
+  // one of 1 element of none that cp.async takes.
+  __device__ TileReader(const Matrix<T>& matrix, int64_t row0, int64_t column0)
+      : from_(matrix.data + row0 * matrix.stride + column0),
+        stride_(matrix.stride),
+        rows_(clamped(matrix.rows - row0)),
+        columns_(clamped(matrix.columns - column0)),
+        bits_((reinterpret_cast<uintptr_t>(from_) | (stride_ | matrix.columns) * sizeof(T)) % 16) {
+    for_pieces([&](auto pieces) {
+      const int row = pieces.first_row(), column = pieces.first_column();
+      to_ = row * kPitch + column;
+      move(row, column);
+    });
+  }
+
+  // Begins to copy what is there, zero beyond the matrix.
+  __device__ void copy_to(Tile& tile) const {
+    for_pieces([&](auto pieces) { copy<decltype(pieces)>(&tile.at[0][0] + to_); });
+  }
+
+  __device__ void move(int rows, int columns) {
+    from_ += rows * stride_ + columns;
+    rows_ -= rows;
+    columns_ -= columns;
+  }
+
+ private:
+  static constexpr int kPitch = sizeof(Tile::at[0]) / sizeof(T);
+
+  template <class F>
+  __device__ void for_pieces(F&& f) const {
+    if (bits_ == 0) return f(Pieces<Tile, kThreadCount, 16>{});
+    if (bits_ % 8 == 0) return f(Pieces<Tile, kThreadCount, 8>{});
+    if (bits_ % 4 == 0) return f(Pieces<Tile, kThreadCount, 4>{});
+    if constexpr (sizeof(T) == 2) f(Pieces<Tile, kThreadCount, 2>{});
+  }
+
+  template <class P>
+  __device__ void copy(T* to) const {
+#pragma unroll
+    for (int piece = 0; piece < P::kCount; piece += P::kAcross) {
+      const int column = piece * P::kWidth;
+      if (P::kCount % P::kAcross != 0 && column + P::first_column() >= Tile::kColumns) break;
+      const int rows_there = column < columns_ ? rows_ : 0;
+      const T* from = from_ + column;
+#pragma unroll 8
+      for (int row = 0; row < Tile::kRows; row += P::kRowStep, from += P::kRowStep * stride_) {
+        if (Tile::kRows % P::kRowStep != 0 && row + P::first_row() >= Tile::kRows) break;
+        copy_piece<P::kWidth * sizeof(T)>(to + row * kPitch + column, from, row < rows_there);
+      }
     }
+  }
+
+  template <int kBytes>
+  __device__ static void copy_piece(T* to, const T* from, bool is_there) {
+    if constexpr (kBytes < 4) {
+      *to = is_there ? *from : T(0.0f);
+    } else {
+      copy_async<kBytes>(to, from, !is_there);
+    }
+  }
+
+  // Much less than the largest int, so that moving on from less than nothing left is right, too.
+  __device__ static int clamped(int64_t left) {
+    return static_cast<int>(left < INT32_MAX / 2 ? left : INT32_MAX / 2);
+  }
+
+  const T* from_;
+  int64_t stride_;
+  int rows_, columns_, to_;  // left of the matrix from the thread's first piece on, and its place
+  unsigned bits_;
+};
+
+// The same once.
+template <int kThreadCount, class Tile, class T>
+__device__ void copy_tile(Tile& tile, const Matrix<T>& matrix, int64_t row0, int64_t column0) {
+  TileReader<Tile, kThreadCount>(matrix, row0, column0).copy_to(tile);
+}
+
+// A float32 that is multiplied as two tf32 numbers, what it is rounded to and the rest: three
+// products, exact to about float32's own rounding, for that of the two rests is below it. With an
+// infinite factor they are NaN.
+struct SplitFloat {
+  float value;
+  SplitFloat() = default;
+  __device__ explicit SplitFloat(float value) : value(value) {}
+};
+__device__ inline float value_of(float x) { return x; }
+__device__ inline float value_of(SplitFloat x) { return x.value; }
+
+template <class T>
+constexpr bool kOf32Bits = sizeof(T) == 4;
+
+// f(std::type_identity of what elements of T are multiplied as).
+template <class T, class F>
+void dispatch_operand(bool allow_tf32, F&& f) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (!allow_tf32) return f(std::type_identity<SplitFloat>{});
+  }
+  f(std::type_identity<T>{});
+}
+
+// kCount registers of an operand.
+template <class T, int kCount>
+struct Operand {
+  uint32_t at[kCount];
+  __device__ void set(int i, uint32_t bits) {
+    at[i] = kOf32Bits<T> ? to_tf32(__uint_as_float(bits)) : bits;
+  }
+};
+template <int kCount>
+struct Operand<SplitFloat, kCount> {
+  uint32_t at[kCount], rest[kCount];
+  __device__ void set(int i, uint32_t bits) {
+    const float value = __uint_as_float(bits);
+    at[i] = to_tf32(value);
+    rest[i] = to_tf32(value - __uint_as_float(at[i]));
+  }
+};
+
+// The left operand of a product, 16 x kTerms, and two neighbouring right ones, kTerms x 8 each.
+template <class T>
+using Left = Operand<T, 4>;
+template <class T>
+struct Rights {
+  Operand<T, 2> of[2];
+};
+
+// c += left right
+template <class T>
+__device__ void multiply(float (&c)[4], const Left<T>& left, const Operand<T, 2>& right) {
+  if constexpr (std::is_same_v<T, SplitFloat>) {
+    multiply_add<float>(c, left.rest, right.at);
+    multiply_add<float>(c, left.at, right.rest);
+    multiply_add<float>(c, left.at, right.at);
+  } else {
+    multiply_add<T>(c, left.at, right.at);
   }
 }
 
-// Begins to copy tile = matrix[row0 .., column0 ..], zero beyond the matrix, by all threads of the
-// block; column0 is a multiple of 8. In pieces of as many bytes as the matrix's alignment allows: a
-// row of 42 elements is only a multiple of 4, and one of 1 element of none that cp.async takes.
-template <int kThreadCount, class Tile, class T>
-__device__ void copy_tile(Tile& tile, const Matrix<T>& matrix, int64_t row0, int64_t column0) {
-  const int64_t rows_left = matrix.rows - row0, columns_left = matrix.columns - column0;
-  const int rows = rows_left < Tile::kRows ? static_cast<int>(rows_left) : Tile::kRows;
-  const int columns =
-      columns_left < Tile::kColumns ? static_cast<int>(columns_left) : Tile::kColumns;
-  const T* data = matrix.data + row0 * matrix.stride + column0;
-  const auto bits = reinterpret_cast<uintptr_t>(data) | matrix.stride * sizeof(T);
-  const int64_t stride = matrix.stride;
-  if (bits % 16 == 0) return copy_pieces<kThreadCount, 16>(tile, data, stride, rows, columns);
-  if (bits % 8 == 0) return copy_pieces<kThreadCount, 8>(tile, data, stride, rows, columns);
-  if (bits % 4 == 0) return copy_pieces<kThreadCount, 4>(tile, data, stride, rows, columns);
-  if constexpr (sizeof(T) == 2) copy_pieces<kThreadCount, 2>(tile, data, stride, rows, columns);
+// Whether products of T are summed apart from a long sum, a few at a time: tensor cores cut off
+// what they add, which with the number of terms grows beyond float32's own rounding.
+template <class T>
+constexpr bool kSummedApart = std::is_same_v<T, SplitFloat>;
+
+__device__ inline void add(float (&c)[4], const float (&part)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) c[i] += part[i];
 }
 
-// The left operand of a product, 16 x kTerms, and two neighbouring right ones, kTerms x 8 each.
-struct Left {
-  uint32_t at[4];
-};
-struct Rights {
-  uint32_t at[2][2];
-};
-
-// What was loaded of a tile of T, as mma takes it.
+// c += left right, summed as that says.
 template <class T>
-__device__ void round_operands(uint32_t (&matrices)[4]) {
-  if constexpr (std::is_same_v<T, float>) {
-#pragma unroll
-    for (uint32_t& bits : matrices) bits = to_tf32(__uint_as_float(bits));
+__device__ void add_terms(float (&c)[4], const Left<T>& left, const Operand<T, 2>& right) {
+  if constexpr (kSummedApart<T>) {
+    float part[4] = {};
+    multiply(part, left, right);
+    add(c, part);
+  } else {
+    multiply(c, left, right);
   }
 }
 
@@ -95,65 +226,65 @@ __device__ void round_operands(uint32_t (&matrices)[4]) {
 // one row.
 template <bool kTransposed, class Tile>
 __device__ void load_down(uint32_t (&matrices)[4], const Tile& tile, int row0, int column0) {
-  using T = typename Tile::Element;
+  constexpr int kWidth = kRun<typename Tile::Element>;
   load_matrices<kTransposed>(matrices,
-                             &tile.at[row0 + lane() % 16][column0 + lane() / 16 * kRun<T>]);
-  round_operands<T>(matrices);
+                             &tile.at[row0 + lane() % 16][column0 + lane() / 16 * kWidth]);
 }
 template <bool kTransposed, class Tile>
 __device__ void load_across(uint32_t (&matrices)[4], const Tile& tile, int row0, int column0) {
-  using T = typename Tile::Element;
+  constexpr int kWidth = kRun<typename Tile::Element>;
   load_matrices<kTransposed>(
-      matrices, &tile.at[row0 + lane() % 8 + lane() / 16 * 8][column0 + lane() / 8 % 2 * kRun<T>]);
-  round_operands<T>(matrices);
+      matrices, &tile.at[row0 + lane() % 8 + lane() / 16 * 8][column0 + lane() / 8 % 2 * kWidth]);
 }
 
 // The left operand at rows row0 .. and terms k0 .. of the sum; the tile holds it, or its transpose.
-template <bool kTransposed, class Tile>
-__device__ Left load_left(const Tile& tile, int row0, int k0) {
-  Left left;
-  if constexpr (kTransposed && std::is_same_v<typename Tile::Element, float>) {
+template <bool kTransposed, class Tile, class T = typename Tile::Element>
+__device__ Left<T> load_left(const Tile& tile, int row0, int k0) {
+  uint32_t bits[4];
+  if constexpr (kTransposed && kOf32Bits<T>) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      left.at[i] = to_tf32(tile.at[k0 + lane() % 4 + i / 2 * 4][row0 + lane() / 4 + i % 2 * 8]);
+      const int row = k0 + lane() % 4 + i / 2 * 4, column = row0 + lane() / 4 + i % 2 * 8;
+      bits[i] = __float_as_uint(value_of(tile.at[row][column]));
     }
   } else if constexpr (kTransposed) {
-    load_across<true>(left.at, tile, k0, row0);
+    load_across<true>(bits, tile, k0, row0);
   } else {
-    load_down<false>(left.at, tile, row0, k0);
+    load_down<false>(bits, tile, row0, k0);
   }
+  Left<T> left;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) left.set(i, bits[i]);
   return left;
 }
 
-// Which terms of a sum a lane has of float32 operands: t and t + 4, as they are loaded, or 2t and
+// Which terms of a sum a lane has of 32-bit operands: t and t + 4, as they are loaded, or 2t and
 // 2t + 1, as it has columns of a result. In a sum any order is right that both operands have.
 enum class Terms { kLoaded, kOfResult };
 
 // The right operands at terms k0 .. and columns column0 ..; the tile holds them, or their
 // transpose.
-template <bool kTransposed, Terms kOrder = Terms::kLoaded, class Tile>
-__device__ Rights load_rights(const Tile& tile, int k0, int column0) {
-  if constexpr (!kTransposed && std::is_same_v<typename Tile::Element, float>) {
+template <bool kTransposed, Terms kOrder = Terms::kLoaded, class Tile,
+          class T = typename Tile::Element>
+__device__ Rights<T> load_rights(const Tile& tile, int k0, int column0) {
+  uint32_t bits[4];
+  if constexpr (!kTransposed && kOf32Bits<T>) {
     constexpr bool kLoaded = kOrder == Terms::kLoaded;
     const int row = k0 + lane() % 4 * (kLoaded ? 1 : 2), column = column0 + lane() / 4;
-    Rights rights;
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        rights.at[n][i] = to_tf32(tile.at[row + (kLoaded ? 4 : 1) * i][column + 8 * n]);
-      }
+    for (int i = 0; i < 4; ++i) {
+      const T& element = tile.at[row + (kLoaded ? 4 : 1) * (i % 2)][column + 8 * (i / 2)];
+      bits[i] = __float_as_uint(value_of(element));
     }
-    return rights;
+  } else if constexpr (kTransposed) {
+    load_across<false>(bits, tile, column0, k0);
   } else {
-    uint32_t matrices[4];
-    if constexpr (kTransposed) {
-      load_across<false>(matrices, tile, column0, k0);
-    } else {
-      load_down<true>(matrices, tile, k0, column0);
-    }
-    return {{{matrices[0], matrices[1]}, {matrices[2], matrices[3]}}};
+    load_down<true>(bits, tile, k0, column0);
   }
+  Rights<T> rights;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) rights.of[i / 2].set(i % 2, bits[i]);
+  return rights;
 }
 
 // Two neighbours as one register.
@@ -173,100 +304,100 @@ __device__ inline uint32_t pack(float x, float y, std::type_identity<__half>) {
 // 16 x kTerms of a result, its 16 x 8 side by side, as a left operand: each lane has just what it
 // needs; of float32, in the order kOfResult.
 template <class T>
-__device__ Left to_left(const float (*result)[4]) {
+__device__ Left<T> to_left(const float (*result)[4]) {
   const float(&first)[4] = result[0];
-  if constexpr (std::is_same_v<T, float>) {
-    return {{to_tf32(first[0]), to_tf32(first[2]), to_tf32(first[1]), to_tf32(first[3])}};
-  } else {
-    const float(&second)[4] = result[1];
-    constexpr std::type_identity<T> kType;
-    return {{pack(first[0], first[1], kType), pack(first[2], first[3], kType),
-             pack(second[0], second[1], kType), pack(second[2], second[3], kType)}};
+  Left<T> left;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (kOf32Bits<T>) {
+      left.set(i, __float_as_uint(first[i / 2 + i % 2 * 2]));
+    } else {
+      const float* two = result[i / 2] + i % 2 * 2;
+      left.set(i, pack(two[0], two[1], std::type_identity<T>{}));
+    }
   }
+  return left;
 }
 
-// c += left right^T, both in shared memory: 16 rows of left from row0 on, all of right's.
-template <class T, int kRowCount, int kRightRows, int kWidth>
-__device__ void add_product(float (&c)[kRightRows / 8][4],
+// c += left right^T, both in shared memory: kM times 16 rows of left from row0 on, all of right's,
+// each of which is loaded once for all of them.
+template <class T, int kM, int kRowCount, int kRightRows, int kWidth>
+__device__ void add_product(float (&c)[kM][kRightRows / 8][4],
                             const WarpTile<T, kRowCount, kWidth>& left, int row0,
                             const WarpTile<T, kRightRows, kWidth>& right) {
-#pragma unroll 16  // all, but of float32's 256 columns: their loads, all ahead, would fill the
-                   // registers
+  // All, but of float32's wide or double operands, whose loads, all ahead, would fill the
+  // registers.
+  constexpr int kUnrolled = kSummedApart<T> || (kOf32Bits<T> && kWidth == 256) ? 1 : 16;
+#pragma unroll kUnrolled
   for (int k = 0; k < kWidth; k += kTerms<T>) {
-    const Left a = load_left<false>(left, row0, k);
+    Left<T> a[kM];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) a[m] = load_left<false>(left, row0 + 16 * m, k);
 #pragma unroll
     for (int n = 0; n < kRightRows / 8; n += 2) {
-      const Rights b = load_rights<true>(right, k, n * 8);
-      multiply_add<T>(c[n], a.at, b.at[0]);
-      multiply_add<T>(c[n + 1], a.at, b.at[1]);
+      const Rights<T> b = load_rights<true>(right, k, n * 8);
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        add_terms(c[m][n], a[m], b.of[0]);
+        add_terms(c[m][n + 1], a[m], b.of[1]);
+      }
     }
   }
 }
 
 // c += left right, left a result in registers, right in shared memory: its columns from column0 on,
 // as many as c has.
-template <int kTiles, class T, int kRowCount, int kWidth>
-__device__ void add_product(float (&c)[kTiles][4], const float (&left)[kRowCount / 8][4],
+template <int kM, int kTiles, class T, int kRowCount, int kWidth>
+__device__ void add_product(float (&c)[kM][kTiles][4], const float (&left)[kM][kRowCount / 8][4],
                             const WarpTile<T, kRowCount, kWidth>& right, int column0) {
+  constexpr int kSteps = kRowCount / kTerms<T>;
+  Left<T> a[kM][kSteps];
 #pragma unroll
-  for (int k = 0; k < kRowCount; k += kTerms<T>) {
-    const Left a = to_left<T>(&left[k / 8]);
+  for (int m = 0; m < kM; ++m) {
 #pragma unroll
-    for (int n = 0; n < kTiles; n += 2) {
-      const Rights b = load_rights<false, Terms::kOfResult>(right, k, column0 + n * 8);
-      multiply_add<T>(c[n], a.at, b.at[0]);
-      multiply_add<T>(c[n + 1], a.at, b.at[1]);
+    for (int k = 0; k < kSteps; ++k) a[m][k] = to_left<T>(&left[m][k * kTerms<T> / 8]);
+  }
+#pragma unroll
+  for (int n = 0; n < kTiles; n += 2) {
+    float parts[kM][2][4] = {};
+    const auto sum = [&](int m, int i) -> float(&)[4] {
+      if constexpr (kSummedApart<T>) {
+        return parts[m][i];
+      } else {
+        return c[m][n + i];
+      }
+    };
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      const Rights<T> b =
+          load_rights<false, Terms::kOfResult>(right, k * kTerms<T>, column0 + n * 8);
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        multiply(sum(m, 0), a[m][k], b.of[0]);
+        multiply(sum(m, 1), a[m][k], b.of[1]);
+      }
+    }
+    if constexpr (kSummedApart<T>) {
+#pragma unroll
+      for (int m = 0; m < kM; ++m) add(c[m][n], parts[m][0]), add(c[m][n + 1], parts[m][1]);
     }
   }
 }
 
-// A warp's own place in shared memory through which a result's elements go on their way to global
-// memory, so that neighbouring lanes write neighbouring columns. At this pitch the pairs of half a
-// warp fall into 32 banks.
-struct alignas(16) Slab {
-  float at[kWarpRows][kWarpRows + 8];
-};
-
-// In the place of a warp's own rows of a tile that nobody reads any more.
-template <class Tile>
-__device__ Slab& slab_over_own_rows(Tile& tile) {
-  static_assert(sizeof(Slab) <= kWarpRows * sizeof(tile.at[0]));
-  void* rows = &tile.at[warp() * kWarpRows];
-  return *static_cast<Slab*>(rows);
-}
-
-// Through the slab: the warp's 16 x 16 of a result lie in it when it returns.
-__device__ inline void fill_slab(Slab& slab, const float (&left)[4], const float (&right)[4]) {
-  __syncwarp();  // the slab is free
+// Each lane's elements of a warp's 16 x 8 results become neighbours in a row: those at
+// neighbour_row(), columns neighbour_column() .. Two lanes exchange what they have of either row.
+__device__ inline int neighbour_row() { return lane() / 4 + lane() % 2 * 8; }
+__device__ inline int neighbour_column() { return lane() % 4 / 2 * 4; }
+template <int kTiles>
+__device__ void make_neighbours(float (&results)[kTiles][4]) {
+  const bool odd = lane() % 2 != 0;
 #pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    float* to = &slab.at[element_row(i)][element_column(i)];
-    *reinterpret_cast<float2*>(to) = {left[i], left[i + 1]};
-    *reinterpret_cast<float2*>(to + 8) = {right[i], right[i + 1]};
-  }
-  __syncwarp();  // and now whole
-}
-
-// f(row, column, value) for each element of 16 x 16 of a result.
-template <class F>
-__device__ void for_each_element(Slab& slab, const float (&left)[4], const float (&right)[4],
-                                 F&& f) {
-  fill_slab(slab, left, right);
-  const int column = lane() % 16;
-#pragma unroll 2
-  for (int row = lane() / 16; row < kWarpRows; row += 2) f(row, column, slab.at[row][column]);
-}
-
-// f(row, column, values) for each four neighbours. A loop that stays a loop: f may be long, and
-// there is a copy of it for each 16 x 16 of a warp's result.
-template <class F>
-__device__ void for_each_four(Slab& slab, const float (&left)[4], const float (&right)[4], F&& f) {
-  fill_slab(slab, left, right);
-  const int column = lane() % 4 * 4;
-#pragma unroll 1
-  for (int row = lane() / 4; row < kWarpRows; row += 8) {
-    const float* at = &slab.at[row][column];
-    f(row, column, {at[0], at[1], at[2], at[3]});
+  for (int n = 0; n < kTiles; ++n) {
+    float(&c)[4] = results[n];
+    const float first = __shfl_xor_sync(0xFFFFFFFFu, odd ? c[0] : c[2], 1),
+                second = __shfl_xor_sync(0xFFFFFFFFu, odd ? c[1] : c[3], 1);
+    c[0] = odd ? first : c[0], c[1] = odd ? second : c[1];
+    c[2] = odd ? c[2] : first, c[3] = odd ? c[3] : second;
   }
 }
 

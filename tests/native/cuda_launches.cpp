@@ -13,8 +13,9 @@ int main() {
   using namespace gpt_ext::test;
   for (const DType dtype : {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     for (const int64_t dim : {48, 64, 128, 256}) {
-      for (const int64_t time : {2, 129}) {
-        AttentionCase c{dtype, 1, time, 1, dim};
+      // Short ones, and longer ones for few and for many blocks.
+      for (const auto& [time, heads] : {std::pair<int64_t, int64_t>{2, 1}, {129, 1}, {129, 3}}) {
+        AttentionCase c{dtype, 1, time, heads, dim};
         run_attention(Cuda{}, c, attention_inputs(c));
         c.allow_tf32 = true;
         run_attention(Cuda{}, c, attention_inputs(c));

@@ -22,7 +22,11 @@ TABLE = Path(__file__).with_suffix(".txt")
 ON_TENSOR_CORES = "_mma_kernel"
 INSTRUCTIONS = ("HMMA", "LDSM", "LDGSTS")
 LOCAL_MEMORY = ("LDL", "STL")
-WITHOUT_LDSM = "gemm_mma_kernel<float, (Layout)2"  # it has to transpose 32 bits, LDSM takes 16
+# They have to transpose 32 bits, LDSM takes 16.
+WITHOUT_LDSM = ("gemm_mma_kernel<float, (Layout)2", "gemm_mma_kernel<SplitFloat, (Layout)2")
+# A minimum of which two results go to one predicate: code that ptxas 13.0 makes for sm_90, of a
+# clamp that is then compared with its upper end, branches wrongly.
+WRONG_MINIMUM = re.compile(r"\bVIMNMX\S* R\d+, (P\d), \1,")
 
 
 def run(*command: str | Path) -> str:
@@ -62,15 +66,17 @@ def registers_of(cuobjdump: str, objects: list[Path]) -> dict[str, dict[str, int
 
 
 def wrong_instructions(cuobjdump: str, objects: list[Path]) -> list[str]:
-    """What kernels for tensor cores lack, or have and should not, in words."""
+    """What kernels have and should not, or for tensor cores lack, in words."""
     wrong = []
     for file in objects:
         for arch, part in architectures(run(cuobjdump, "-sass", file)):
             _, *functions = re.split(r"^\s*Function : (\S+)$", part, flags=re.MULTILINE)
             for mangled, code in zip(functions[::2], functions[1::2], strict=True):
+                kernel = short(demangled(mangled).strip())
+                if minimum := WRONG_MINIMUM.search(code):
+                    wrong.append(f"{kernel} on {arch} has {minimum[0]!r}, which branches wrongly")
                 if ON_TENSOR_CORES not in mangled:
                     continue
-                kernel = short(demangled(mangled).strip())
                 found = set(re.findall(r"\b[A-Z]{3,}[A-Z0-9]*\b", code))
                 if kernel.startswith(WITHOUT_LDSM):
                     found.add("LDSM")

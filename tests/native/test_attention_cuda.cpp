@@ -52,6 +52,27 @@ TEST(every_head_size_and_length_on_tensor_cores) {
   }
 }
 
+// With as many heads as make a warp take 32 rows; the first head's results are what it has alone.
+TEST(warps_of_32_rows) {
+  int multiprocessors = 0;
+  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    const int64_t time = 150, dim = dtype == DType::kBFloat16 ? 64 : 42;
+    const AttentionCase one{dtype, 1, time, 1, dim, HeadsLayout::kContiguous, 0.2};
+    AttentionCase many = one;
+    many.batch = 3 * multiprocessors;
+    const AttentionInputs in = attention_inputs(many);
+    const auto first = [&](const Doubles& x) { return Doubles(x.begin(), x.begin() + time * dim); };
+    const AttentionResult actual = run_attention(Cuda{}, many, in);
+    check_close(many, actual, reference_attention(many, in));
+    const AttentionResult alone =
+        run_attention(Cuda{}, one, {first(in.q), first(in.k), first(in.v), first(in.dout)});
+    CHECK(first(actual.out) == alone.out && first(actual.dq) == alone.dq &&
+              first(actual.dk) == alone.dk && first(actual.dv) == alone.dv,
+          one);
+  }
+}
+
 // Rows that begin at multiples of 16, 8, 4 and 2 bytes, each with ends that are none.
 TEST(every_alignment_of_rows) {
   for (const int64_t dim : {61, 13, 57, 39, 42, 30}) {  // padded: 64, 16, 60, 42, 45 and 33

@@ -54,8 +54,9 @@ Doubles embedding(DType dtype) {
   const EmbeddingResult r = run_embedding(Cuda{}, c, embedding_inputs(c));
   return join({&r.out, &r.dweight, &r.dpositions});
 }
-constexpr Precision kFloat{DType::kFloat32, DType::kFloat32},
-    kMixed{DType::kFloat32, DType::kBFloat16}, kTf32{DType::kFloat32, DType::kFloat32, true};
+constexpr Precision kDouble{DType::kFloat64, DType::kFloat64},
+    kFloat{DType::kFloat32, DType::kFloat32}, kMixed{DType::kFloat32, DType::kBFloat16},
+    kTf32{DType::kFloat32, DType::kFloat32, true};
 
 template <class Op>
 void check_schedules(Op&& op) {
@@ -82,12 +83,14 @@ TEST(attention_is_the_same_in_every_schedule) {
 }
 
 TEST(ffn_is_the_same_in_every_schedule) {
+  check_schedules([] { return ffn(DType::kFloat64); });
   check_schedules([] { return ffn(DType::kFloat32); });
   check_schedules([] { return ffn(DType::kFloat16); });
   check_schedules([] { return ffn(DType::kFloat32, true); });
 }
 
 TEST(linear_and_cross_entropy_are_the_same_in_every_schedule) {
+  check_schedules([] { return linear(kDouble); });
   check_schedules([] { return linear(kFloat); });
   check_schedules([] { return linear(kMixed); });
   check_schedules([] { return linear(kTf32); });
@@ -121,40 +124,43 @@ void check_every_site(size_t at_least, Op&& op) {
 }
 
 TEST(attention_needs_each_barrier_and_shuffle) {  // 4 barriers; row_max, row_sum and delta's
-  check_every_site(7, [] { return attention(DType::kFloat32, 80); });
+  check_every_site(7, [] { return attention(DType::kFloat64, 80); });
 }
 
 TEST(ffn_needs_each_barrier) {  // product's two and that of the column sums
-  check_every_site(3, [] { return ffn(DType::kFloat32); });
+  check_every_site(3, [] { return ffn(DType::kFloat64); });
 }
 
-// Barriers of the block and of warps, commits and waits, shuffles, ldmatrix and mma.
+// Barriers of the block, commits and waits, shuffles, ldmatrix and mma.
 TEST(attention_on_tensor_cores_needs_each_instruction) {
-  check_every_site(24, [] { return attention(DType::kBFloat16, 42); });
-  check_every_site(40, [] {  // a block a head, and heads too wide for that
+  check_every_site(21, [] { return attention(DType::kBFloat16, 42); });
+  check_every_site(35, [] {  // a block a head, and heads too wide for that
     const Doubles narrow = attention(DType::kFloat16, 42, 120);
     const Doubles wide = attention(DType::kFloat16, 200, 80);
     return join({&narrow, &wide});
   });
-  check_every_site(24, [] { return attention(DType::kFloat32, 42, 80, true); });
-  check_every_site(24, [] { return attention(DType::kFloat32, 200, 40, true); });
+  check_every_site(23, [] { return attention(DType::kFloat32, 42, 80); });
+  check_every_site(21, [] { return attention(DType::kFloat32, 42, 80, true); });
+  check_every_site(21, [] { return attention(DType::kFloat32, 200, 40, true); });
 }
 
 TEST(ffn_on_tensor_cores_needs_each_instruction) {
-  check_every_site(12, [] { return ffn(DType::kBFloat16); });
-  check_every_site(11, [] { return ffn(DType::kFloat32, true); });
+  check_every_site(10, [] { return ffn(DType::kBFloat16); });
+  check_every_site(12, [] { return ffn(DType::kFloat32); });
+  check_every_site(10, [] { return ffn(DType::kFloat32, true); });
 }
 
 // And those of norms and column sums: a shuffle and a barrier.
 TEST(linear_needs_each_instruction) {
-  check_every_site(4, [] { return linear(kFloat); });
-  check_every_site(14, [] { return linear(kMixed); });
-  check_every_site(13, [] { return linear(kTf32); });
+  check_every_site(4, [] { return linear(kDouble); });
+  check_every_site(13, [] { return linear(kFloat); });
+  check_every_site(12, [] { return linear(kMixed); });
+  check_every_site(11, [] { return linear(kTf32); });
 }
 
 TEST(cross_entropy_needs_each_barrier_and_shuffle) {  // two and one, besides the product's and
                                                       // norm's
-  check_every_site(6, [] { return cross_entropy(kFloat); });
+  check_every_site(6, [] { return cross_entropy(kDouble); });
 }
 
 TEST(embedding_needs_each_barrier_and_ballot) {  // of the tokens' gradient, and a column's barrier

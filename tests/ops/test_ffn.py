@@ -43,6 +43,11 @@ def make(
     )
 
 
+def far_from_zero(b1: Tensor) -> Tensor:
+    """A bias by which no z is so near to zero that roundings change its sign."""
+    return b1 + 16 * b1.sign()
+
+
 def eager(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str) -> Tensor:
     """PyTorch's own three calls."""
     z = F.linear(x, w1, b1)
@@ -63,9 +68,10 @@ def test_values_and_gradients(mode: str, activation: str, backend: str) -> None:
     if mode == "float16" and backend != "cuda":
         pytest.skip("float16 is for CUDA only")
     for rows, d, h in SIZES:
-        inputs = make((rows,), d, h, backend, MODES.get(mode, torch.float16))
+        x, w1, b1, *rest = make((rows,), d, h, backend, MODES.get(mode, torch.float16))
         if mode == "autocast":
-            inputs = (inputs[0].bfloat16(), *inputs[1:])  # where it comes from another product
+            x = x.bfloat16()  # where it comes from another product
+        inputs = x, w1, far_from_zero(b1) if activation == "relu" else b1, *rest
         with autocast_of(mode, backend):
             dout = torch.randn_like(eager(*inputs, activation))
             ours = results(inputs, dout, activation)
@@ -114,7 +120,8 @@ def drawn_factor(p: float, rows: int, columns: int, device: str) -> Tensor:
 @pytest.mark.parametrize("mode", MODES)
 def test_sublayer(mode: str, activation: str, p: float, backend: str) -> None:
     for rows, d, h in SIZES:
-        inputs = make_sublayer((rows,), d, h, backend, MODES[mode])
+        x, w1, b1, *others = make_sublayer((rows,), d, h, backend, MODES[mode])
+        inputs = x, w1, far_from_zero(b1) if activation == "relu" else b1, *others
         factor = drawn_factor(p, rows, d, backend)
 
         def eager_sublayer(x: Tensor, *rest: Tensor, factor: Tensor = factor) -> Tensor:

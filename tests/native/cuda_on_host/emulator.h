@@ -115,7 +115,7 @@ T shuffle(const char* name, unsigned mask, T value, Source source,
 
 // What include/cuda/mma.cuh, which says what they do, is made of. A copy is made as late as can be,
 // in the wait for it, and its target is NaN from its beginning till then.
-void copy_async(void* shared, const void* global, size_t size, size_t bytes,
+void copy_async(void* shared, const void* global, size_t size, bool zeros,
                 const std::source_location& where);
 void commit_copies(const std::source_location& where);
 void wait_copies(size_t pending, const std::source_location& where);

@@ -132,18 +132,17 @@ void multiply_together(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b
 
 }  // namespace
 
-void copy_async(void* shared, const void* global, size_t size, size_t bytes,
+void copy_async(void* shared, const void* global, size_t size, bool zeros,
                 const std::source_location& where) {
   const char* name = "cp.async";
   require(is_aligned(shared, size), name, where, "to an address not aligned to ", size);
   require(is_aligned(global, size), name, where, "from an address not aligned to ", size);
-  require(bytes <= size, name, where, "of ", bytes, " bytes into ", size);
   require(in_shared_memory(shared, size), name, where, "to outside of shared memory");
-  require(bytes == 0 || in_allocation(global, bytes), name, where, "from outside of an allocation");
+  require(zeros || in_allocation(global, size), name, where, "from outside of an allocation");
   auto* to = static_cast<std::byte*>(shared);
   std::memset(to, 0xFF, size);
   copies().on_their_way.push_back(
-      {to, static_cast<const std::byte*>(global), size, bytes, copies().groups});
+      {to, static_cast<const std::byte*>(global), size, zeros, copies().groups});
 }
 
 void commit_copies(const std::source_location& where) {
@@ -157,8 +156,11 @@ void wait_copies(size_t pending, const std::source_location& where) {
   auto& [on_their_way, groups] = copies();
   while (!on_their_way.empty() && on_their_way.front().group + pending < groups) {
     const Copies::Copy& copy = on_their_way.front();
-    std::memset(copy.to, 0, copy.size);
-    std::memcpy(copy.to, copy.from, copy.bytes);
+    if (copy.zeros) {
+      std::memset(copy.to, 0, copy.size);
+    } else {
+      std::memcpy(copy.to, copy.from, copy.size);
+    }
     on_their_way.pop_front();
   }
 }

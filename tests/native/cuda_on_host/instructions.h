@@ -15,7 +15,8 @@ struct Copies {
   struct Copy {
     std::byte* to;
     const std::byte* from;
-    size_t size, bytes;  // of which `bytes` are read
+    size_t size;
+    bool zeros;  // instead of what is at `from`
     uint64_t group;
   };
   std::deque<Copy> on_their_way;

@@ -81,7 +81,10 @@ inline unsigned __ballot_sync(unsigned mask, int predicate,
 }
 
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t {  // CUDA's own numbers
@@ -99,6 +102,9 @@ const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaGetLastError();  // and forgets it
 cudaError_t cudaDeviceSynchronize();
 cudaError_t cudaGetDeviceCount(int* count);
+cudaError_t cudaGetDevice(int* device);
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;

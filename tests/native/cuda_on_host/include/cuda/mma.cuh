@@ -13,10 +13,10 @@
 namespace gpt_ext::cuda {
 
 template <int kBytes>
-void copy_async(void* shared, const void* global, int bytes,
+void copy_async(void* shared, const void* global, bool zeros,
                 std::source_location where = std::source_location::current()) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-  cuda_on_host::copy_async(shared, global, kBytes, bytes, where);
+  cuda_on_host::copy_async(shared, global, kBytes, zeros, where);
 }
 inline void commit_copies(std::source_location where = std::source_location::current()) {
   cuda_on_host::commit_copies(where);
