@@ -1,6 +1,7 @@
 """Times gpt_ext.ops against PyTorch: eager, scaled_dot_product_attention and torch.compile.
 
-On CUDA also against each of SDPA's backends; eager's products are cuBLAS's there.
+On CUDA also against each of SDPA's backends; eager's products are cuBLAS's there. What is timed
+there is the device's work: calls captured in a graph, for everybody.
 
     python benchmarks/bench_ops.py [--device cpu|cuda] [--dtypes DTYPE...] [--ops OP...]
                                    [--shape NAME] [--no-compile] [--rounds N] [--budget S]
@@ -22,10 +23,12 @@ import torch
 from contest import (
     OURS,
     Report,
+    Timer,
     add_options,
     cell,
     figures,
     first_line,
+    in_graph,
     in_process,
     our_cell,
     table,
@@ -71,8 +74,8 @@ def check(case: Case, eps: float) -> None:
             sys.exit(f"{case.op} {case.shape} {m.dtype}: {name} is off by {error}, bound {bound}")
 
 
-def directions(case: Case, call: Call) -> dict[str, Callable[[], Any]]:
-    """What is timed: forward without autograd, and forward with backward."""
+def timers(case: Case, call: Call, device: str) -> dict[str, Timer]:
+    """Of what is timed: forward without autograd, and forward with backward."""
     leaves = [x.detach().requires_grad_() for x in case.inputs]
     with torch.no_grad():
         dout = torch.randn_like(call(*case.inputs))
@@ -84,24 +87,25 @@ def directions(case: Case, call: Call) -> dict[str, Callable[[], Any]]:
     def both() -> None:
         torch.autograd.grad(call(*leaves), leaves, dout)
 
-    return {"forward": forward, "forward+backward": both}
+    runs: dict[str, Callable[[], Any]] = {"forward": forward, "forward+backward": both}
+    for run in runs.values():
+        run()
+    time = in_graph if device == "cuda" else in_process
+    return {direction: time(run) for direction, run in runs.items()}
 
 
-def runnable(case: Case, no_compile: bool) -> dict[str, dict[str, Callable[[], Any]]]:
-    """Everyone's directions, without who does not work on this machine or takes no such shape."""
+def runnable(case: Case, options: argparse.Namespace) -> dict[str, dict[str, Timer]]:
+    """Everyone's timers, without who does not work on this machine or takes no such shape."""
     timed = {}
     for name, call in case.calls.items():
-        if name == "compile" and no_compile:
+        if name == "compile" and options.no_compile:
             continue
         try:
-            timed[name] = directions(case, call)
-            for run in timed[name].values():
-                run()
+            timed[name] = timers(case, call, options.device)
         except Exception as error:  # whatever the compiler chain throws: left out, with a word
             if name not in {"compile", *SDPA_BACKENDS}:
                 raise
             print(f"{name} left out: {first_line(error)}")
-            timed.pop(name, None)
     return timed
 
 
@@ -114,13 +118,10 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 continue
             torch.compiler.reset()  # it gives up on a function after a few shapes
             check(case, EPS[dtype])
-            timed = runnable(case, options.no_compile)
+            timed = runnable(case, options)
             for direction in ("forward", "forward+backward"):
-                timers = {
-                    name: in_process(each[direction], options.device)
-                    for name, each in timed.items()
-                }
-                samples = time_in_turn(timers, options.rounds, options.budget)
+                contestants = {name: each[direction] for name, each in timed.items()}
+                samples = time_in_turn(contestants, options.rounds, options.budget)
                 yield {
                     "op": case.op,
                     "shape": case.shape,

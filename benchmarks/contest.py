@@ -40,6 +40,28 @@ def in_process(run: Callable[[], Any], device: str = "cpu") -> Timer:
     return seconds
 
 
+def in_graph(run: Callable[[], Any], calls: int = 10) -> Timer:
+    """Times what the device does of a call: so many are captured in a CUDA graph, and replayed.
+
+    Without it, what a call takes is often what Python and PyTorch take to launch its kernels.
+    """
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            run()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(calls):
+            run()
+    replay = in_process(graph.replay, "cuda")
+
+    # It keeps `run`, whose tensors the graph works on.
+    def seconds(repeats: int, _run: object = run) -> float:
+        return replay(math.ceil(repeats / calls)) / calls
+
+    return seconds
+
+
 def time_in_turn(
     timers: Mapping[str, Timer], rounds: int, budget: float = math.inf
 ) -> dict[str, list[float]]:

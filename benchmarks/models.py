@@ -132,6 +132,6 @@ class TorchGPT(nn.Module):
 
 def torch_twin(model: GPT) -> TorchGPT:
     """The plain PyTorch model with copies of `model`'s weights."""
-    twin = TorchGPT(model.config)
+    twin = TorchGPT(model.config).to(next(model.parameters()).device)
     twin.load_state_dict(model.state_dict())
     return twin

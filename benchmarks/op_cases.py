@@ -19,6 +19,7 @@ ATTENTION_SHAPES = {  # (B, T, H, D)
     "GPT-2 124M, long": (1, 4096, 12, 64),
     "wide heads": (1, 1024, 4, 128),
 }
+CUDA_ATTENTION_SHAPES = {"16k tokens": (16, 1024, 32, 64)}  # what fills a device
 SDPA_BACKENDS = {  # what SDPA chooses from, on CUDA
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -109,7 +110,8 @@ def our_attention(qkv: Tensor) -> Tensor:
 
 
 def attention_cases(make: Maker) -> Iterator[Case]:
-    for name, (batch, time_steps, heads, dim) in ATTENTION_SHAPES.items():
+    shapes = ATTENTION_SHAPES | (CUDA_ATTENTION_SHAPES if make.device == "cuda" else {})
+    for name, (batch, time_steps, heads, dim) in shapes.items():
         qkv = make.normal(batch, time_steps, 3, heads, dim)
         shape = f"{name} {batch}x{time_steps}x{heads}x{dim}"
         theirs = {"SDPA": sdpa}

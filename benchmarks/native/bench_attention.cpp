@@ -15,6 +15,7 @@ constexpr Shape kShapes[] = {
     {"seed_64x128x6x42", 64, 128, 6, 42},
     {"gpt2_1x1024x12x64", 1, 1024, 12, 64},
     {"wide_1x2048x2x128", 1, 2048, 2, 128},
+    {"many_4x1024x32x64", 4, 1024, 32, 64},  // what fills a GPU
 };
 
 template <class Backend, class T>
