@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from machine import machine, machine_line
 
+from gpt_ext.cuda_graph import WARM_UP, Replayed
+
 OURS = "gpt_ext"
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "RESULTS.md"
@@ -45,21 +47,17 @@ def in_graph(run: Callable[[], Any], calls: int = 10) -> Timer:
 
     Without it, what a call takes is often what Python and PyTorch take to launch its kernels.
     """
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
-            run()
-    with torch.cuda.graph(graph, stream=stream):
+
+    def all_calls() -> tuple[()]:
         for _ in range(calls):
             run()
-    replay = in_process(graph.replay, "cuda")
+        return ()
 
-    # It keeps `run`, whose tensors the graph works on.
-    def seconds(repeats: int, _run: object = run) -> float:
-        return replay(math.ceil(repeats / calls)) / calls
-
-    return seconds
+    replayed = Replayed(all_calls, torch.device("cuda"))
+    for _ in range(WARM_UP + 1):
+        replayed()
+    seconds = in_process(replayed, "cuda")
+    return lambda repeats: seconds(math.ceil(repeats / calls)) / calls
 
 
 def time_in_turn(

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class Stream, class Product>
 struct FfnBackwardParts {
   Workspace workspace;
-  Product* g;   // null where it is dout itself
+  OutGradient<Product, Stream> g;
   Product* dz;  // (N, h)
   Rows<Product, Stream> rows;
   Weight<Product, Stream> w1, w2;
@@ -48,10 +48,7 @@ struct FfnBackwardParts {
  private:
   FfnBackwardParts(const FfnBackward& p, const FfnProblem& problem)
       : workspace(p.workspace),
-        g(take_copy<Product>(workspace, problem.rows, problem.model_dim,
-                             p.dropout.p > 0 ||
-                                 (p.norm.weight != nullptr && !std::is_same_v<Stream, Product>) ||
-                                 !reads_well<Product>(problem.model_dim))),
+        g(p.dout, p.norm.weight != nullptr, p.dropout, problem.rows, problem.model_dim, workspace),
         dz(workspace.take<Product>(problem.rows * problem.hidden_dim)),
         rows(p.x, p.norm, problem.rows, problem.model_dim, workspace),
         w1(p.w1, problem.hidden_dim, problem.model_dim, workspace),
@@ -62,22 +59,6 @@ struct FfnBackwardParts {
         of_second(p.dw2, p.db2, problem.rows, problem.model_dim, problem.hidden_dim,
                   problem.precision.allow_tf32, workspace) {}
 };
-
-// The gradient before dropout, as the products read it.
-template <class Stream, class Product>
-Matrix<Product> before_dropout(Cuda backend, const FfnBackward& p, Product* g) {
-  const int64_t rows = p.problem.rows, d = p.problem.model_dim;
-  if (g == nullptr) return {static_cast<const Product*>(p.dout), d, rows, d};
-  const auto make = [&](const auto* dout) {
-    convert(backend, "ffn_backward: dropout", g, copy_pitch<Product>(d), dout, rows, d, p.dropout);
-  };
-  if (p.norm.weight != nullptr) {
-    make(static_cast<const Stream*>(p.dout));
-  } else {
-    make(static_cast<const Product*>(p.dout));
-  }
-  return copied(g, rows, d);
-}
 
 // dW2 and db2. `hidden` (N, h), dz's memory before dz is made, holds act(z).
 template <class Stream, class Product>
@@ -108,7 +89,7 @@ void ffn_backward(Cuda backend, const FfnBackward& p) {
     using Product = typename decltype(product)::type;
     const cuda::FfnBackwardParts<Stream, Product> parts(p);
     const auto [precision, activation, rows, d, h] = p.problem;
-    const auto g = cuda::before_dropout<Stream>(backend, p, parts.g);
+    const auto g = parts.g.matrix(backend, "ffn_backward: dropout");
     cuda::second_weights(backend, p, g, parts.dz, parts.of_second);
     if (!parts.of_input.wanted() && p.dw1 == nullptr && p.db1 == nullptr) return;
 

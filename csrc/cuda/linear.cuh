@@ -198,6 +198,41 @@ struct Rows {
   }
 };
 
+// The gradient before dropout, (N, o), as products read it: dout, of `stream` or of products, or a
+// copy.
+template <class Product, class Stream>
+struct OutGradient {
+  const void* dout;
+  bool of_stream;
+  Dropout dropout;
+  Product* made;  // null: dout
+  int64_t rows, columns;
+
+  OutGradient(const void* dout, bool of_stream, const Dropout& dropout, int64_t rows,
+              int64_t columns, Workspace& workspace)
+      : dout(dout),
+        of_stream(of_stream),
+        dropout(dropout),
+        made(take_copy<Product>(workspace, rows, columns,
+                                dropout.p > 0 || (of_stream && !std::is_same_v<Stream, Product>) ||
+                                    !reads_well<Product>(columns))),
+        rows(rows),
+        columns(columns) {}
+
+  Matrix<Product> matrix(Cuda backend, const char* name) const {
+    if (made == nullptr) return {static_cast<const Product*>(dout), columns, rows, columns};
+    const auto make = [&](const auto* from) {
+      convert(backend, name, made, copy_pitch<Product>(columns), from, rows, columns, dropout);
+    };
+    if (of_stream) {
+      make(static_cast<const Stream*>(dout));
+    } else {
+      make(static_cast<const Product*>(dout));
+    }
+    return copied(made, rows, columns);
+  }
+};
+
 // A weight's gradient is a small matrix of long sums. Where its tiles are fewer than two blocks for
 // each of an H100's 132 multiprocessors, the sums are cut, but not below 256 terms, the eight steps
 // in which a block's stages fill. By the sizes alone: so are the bits of the result.

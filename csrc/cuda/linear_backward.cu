@@ -7,7 +7,7 @@ namespace gpt_ext::cuda {
 template <class Stream, class Product>
 struct LinearBackwardParts {
   Workspace workspace;
-  Product* g;  // null where it is dout itself
+  OutGradient<Product, Stream> g;
   Rows<Product, Stream> rows;
   Weight<Product, Stream> w;
   InputGradients<Product, Stream, LinearBackward> of_input;
@@ -15,33 +15,13 @@ struct LinearBackwardParts {
 
   explicit LinearBackwardParts(const LinearBackward& p)
       : workspace(p.workspace),
-        g(take_copy<Product>(workspace, p.problem.rows, p.problem.out_dim,
-                             p.dropout.p > 0 ||
-                                 (p.has_residual && !std::is_same_v<Stream, Product>) ||
-                                 !reads_well<Product>(p.problem.out_dim))),
+        g(p.dout, p.has_residual, p.dropout, p.problem.rows, p.problem.out_dim, workspace),
         rows(p.x, p.norm, p.problem.rows, p.problem.in_dim, workspace),
         w(p.w, p.problem.out_dim, p.problem.in_dim, workspace),
         of_input(p, p.problem.rows, p.problem.in_dim, workspace),
         of_weight(p.dw, p.db, p.problem.rows, p.problem.out_dim, p.problem.in_dim,
                   p.problem.precision.allow_tf32, workspace) {}
 };
-
-// The gradient before dropout, as the products read it.
-template <class Stream, class Product>
-Matrix<Product> before_dropout(Cuda backend, const LinearBackward& p, Product* g) {
-  const int64_t rows = p.problem.rows, o = p.problem.out_dim;
-  if (g == nullptr) return {static_cast<const Product*>(p.dout), o, rows, o};
-  const auto make = [&](const auto* dout) {
-    convert(backend, "linear_backward: dropout", g, copy_pitch<Product>(o), dout, rows, o,
-            p.dropout);
-  };
-  if (p.has_residual) {
-    make(static_cast<const Stream*>(p.dout));
-  } else {
-    make(static_cast<const Product*>(p.dout));
-  }
-  return copied(g, rows, o);
-}
 
 }  // namespace gpt_ext::cuda
 
@@ -56,7 +36,7 @@ void linear_backward(Cuda backend, const LinearBackward& p) {
     using Stream = typename decltype(stream)::type;
     using Product = typename decltype(product)::type;
     const cuda::LinearBackwardParts<Stream, Product> parts(p);
-    const auto g = cuda::before_dropout<Stream>(backend, p, parts.g);
+    const auto g = parts.g.matrix(backend, "linear_backward: dropout");
     if (p.dw != nullptr || p.db != nullptr) {
       const auto y = parts.rows.matrix(backend, "linear_backward: y", p.norm, true);
       parts.of_weight.compute(backend, "linear_backward: dw, db", g, y);

@@ -26,8 +26,8 @@ struct Norm {
         rstd(static_cast<Acc*>(norm.rstd)),
         eps(static_cast<Acc>(norm.eps)) {}
 
-  __device__ Acc normalized(Stream x, int64_t row) const {
-    return (static_cast<Acc>(x) - mean[row]) * rstd[row];
+  __device__ static Acc normalized(Stream x, Acc mean, Acc rstd) {
+    return (static_cast<Acc>(x) - mean) * rstd;
   }
 };
 
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kRowThreads)
   for (int64_t i = lane(); i < pitch; i += kWarpSize) {
     Acc value = 0;
     if (i < columns) {
-      const Acc hat = (static_cast<Acc>(in[i]) - mean) * rstd;
+      const Acc hat = norm.normalized(in[i], mean, rstd);
       value = hat * static_cast<Acc>(norm.weight[i]) + static_cast<Acc>(norm.bias[i]);
     }
     y[row * pitch + i] = static_cast<Product>(value);
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kRowThreads)
   const auto u = [&](int64_t i) {
     return rounded_product(static_cast<Acc>(dx[first + i]), static_cast<Acc>(norm.weight[i]));
   };
-  const auto hat = [&](int64_t i) { return (static_cast<Acc>(x[first + i]) - mean) * rstd; };
+  const auto hat = [&](int64_t i) { return norm.normalized(x[first + i], mean, rstd); };
   Acc sum = 0, product_sum = 0;
   for (int64_t i = lane(); i < columns; i += kWarpSize) {
     const Acc of_column = u(i);
@@ -125,7 +125,7 @@ struct NormColumns {
   __device__ NormSums<Acc> operator()(int64_t row, int64_t column) const {
     const int64_t i = row * columns + column;
     const Acc gradient = static_cast<Acc>(dy[i]);
-    return {gradient * norm.normalized(x[i], row), gradient};
+    return {gradient * norm.normalized(x[i], norm.mean[row], norm.rstd[row]), gradient};
   }
 };
 template <class Stream>
