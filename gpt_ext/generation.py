@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt_ext import engine
+from gpt_ext import engine, sequences
 from gpt_ext.checks import check_token_ids, check_tokens, integer, number
-from gpt_ext.engine import Sampling
 from gpt_ext.ops import packed_causal_attention
 from gpt_ext.ops.decode import FORMATS, WeightFormat
+from gpt_ext.sequences import Sampling
 
 if TYPE_CHECKING:
     from gpt_ext.model import GPT
@@ -104,12 +104,12 @@ def draw(
                 yield new if one_by_one else new[None]
             return
         longest = max(map(len, rows)) + max_new_tokens
-        slots = engine.Slots(native, len(rows), longest, window, dropped, stop)
+        slots = sequences.Slots(native, len(rows), longest, window, dropped, stop)
         share = len(rows) // len(generators)
         for i, each in enumerate(generators):
             texts = [row.tolist() for row in rows[i * share : (i + 1) * share]]
             slots.join(texts, sampling, each)
-        tokens_of = engine.one_by_one if one_by_one else engine.chunks
+        tokens_of = sequences.one_by_one if one_by_one else sequences.chunks
         yield from tokens_of(slots, max_new_tokens)
 
     return drawn()

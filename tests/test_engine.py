@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt_ext import GPT, engine
+from gpt_ext import GPT, engine, sequences
 from gpt_ext.ops import decode
 from tests.corpus import sentences
 
@@ -156,7 +156,7 @@ def test_torchs_defaults_change_nothing(
     model: GPT, form: decode.WeightFormat, set_default: Callable[[Any], None], other: Any,
     usual: Any, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(engine, "CALL_FLOPS", 1e5)  # the prompts take several calls
+    monkeypatch.setattr(sequences, "CALL_FLOPS", 1e5)  # the prompts take several calls
     prompts, generator = list(torch.randint(40, (2, 70))), seeded(7)
     options: dict[str, Any] = {
         "repetition_penalty": 1.5, "stop": [3], "dtype": form, "generator": generator,
@@ -206,11 +206,15 @@ def test_streams_taken_in_turn_give_the_text_they_give_alone(model: GPT) -> None
 
 
 def test_sequences_that_join_and_leave_get_the_text_they_get_alone(model: GPT) -> None:
-    ways = [engine.Sampling(0.5, top_k=9), engine.Sampling(2.0, top_p=0.8), engine.Sampling(0.0),
-            engine.Sampling(repetition_penalty=1.5)]  # fmt: skip
+    ways = [
+        sequences.Sampling(0.5, top_k=9),
+        sequences.Sampling(2.0, top_p=0.8),
+        sequences.Sampling(0.0),
+        sequences.Sampling(repetition_penalty=1.5),
+    ]
     prompts = [torch.randint(40, (length,)).tolist() for length in (1, 32, 7, 20)]
-    slots = engine.Slots(engine.engine_for(model, "float32"), 3, 32, 32, 8)
-    going: dict[int, engine.Group] = {}
+    slots = sequences.Slots(engine.engine_for(model, "float32"), 3, 32, 32, 8)
+    going: dict[int, sequences.Group] = {}
     texts: list[list[int]] = []
     while len(texts) < 40 or going:
         while len(texts) < 40 and len(going) < 3:

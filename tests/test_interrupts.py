@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpt_ext import GPT, engine
+from gpt_ext import GPT, engine, sequences
 from gpt_ext.ops import decode
 
 
@@ -34,7 +34,7 @@ def test_ctrl_c_is_seen_during_a_long_call(monkeypatch: pytest.MonkeyPatch, name
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     monkeypatch.setattr(decode, name, slow_op)
-    monkeypatch.setattr(engine, "CALL_FLOPS", 24 * 8**2)  # of two rows' tokens it is more
+    monkeypatch.setattr(sequences, "CALL_FLOPS", 24 * 8**2)  # of two rows' tokens it is more
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         model.generate(torch.zeros(2, 1, dtype=torch.int64), 3)

@@ -17,9 +17,10 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gpt_ext.engine import Slots, engine_for
+from gpt_ext.engine import engine_for
 from gpt_ext.generation import check_overflow
 from gpt_ext.model import GPT
+from gpt_ext.sequences import Slots
 from gpt_ext.serve import page
 from gpt_ext.serve.completions import Answer, ApiError, Completion, Limits, event, parse
 from gpt_ext.serve.http import error_response, whole_body

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from gpt_ext.engine import Sampling
 from gpt_ext.generation import check_sampling
+from gpt_ext.sequences import Sampling
 from gpt_ext.serve.scheduler import Progress, Ticket, TokenLogprobs
 from gpt_ext.tokenizer import Tokenizer
 

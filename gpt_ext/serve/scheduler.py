@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gpt_ext.engine import Group, Sampling, Slots
+from gpt_ext.sequences import Group, Sampling, Slots
 
 
 @dataclass(frozen=True)
