@@ -16,6 +16,8 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 TABLE = Path(__file__).with_suffix(".txt")
@@ -26,7 +28,7 @@ LOCAL_MEMORY = ("LDL", "STL")
 WITHOUT_LDSM = ("gemm_mma_kernel<float, (Layout)2", "gemm_mma_kernel<SplitFloat, (Layout)2")
 # A minimum of which two results go to one predicate: code that ptxas 13.0 makes for sm_90, of a
 # clamp that is then compared with its upper end, branches wrongly.
-WRONG_MINIMUM = re.compile(r"\bVIMNMX\S* R\d+, (P\d), \1,")
+WRONG_MINIMUM = re.compile(r"VIMNMX\S* R\d+, (P\d), \1,")
 
 
 def run(*command: str | Path) -> str:
@@ -65,23 +67,22 @@ def registers_of(cuobjdump: str, objects: list[Path]) -> dict[str, dict[str, int
     return registers
 
 
-def wrong_instructions(cuobjdump: str, objects: list[Path]) -> list[str]:
-    """What kernels have and should not, or for tensor cores lack, in words."""
+def wrong_instructions(cuobjdump: str, file: Path) -> list[str]:
+    """What a file's kernels have and should not, or for tensor cores lack, in words."""
     wrong = []
-    for file in objects:
-        for arch, part in architectures(run(cuobjdump, "-sass", file)):
-            _, *functions = re.split(r"^\s*Function : (\S+)$", part, flags=re.MULTILINE)
-            for mangled, code in zip(functions[::2], functions[1::2], strict=True):
-                kernel = short(demangled(mangled).strip())
-                if minimum := WRONG_MINIMUM.search(code):
-                    wrong.append(f"{kernel} on {arch} has {minimum[0]!r}, which branches wrongly")
-                if ON_TENSOR_CORES not in mangled:
-                    continue
-                found = set(re.findall(r"\b[A-Z]{3,}[A-Z0-9]*\b", code))
-                if kernel.startswith(WITHOUT_LDSM):
-                    found.add("LDSM")
-                wrong += [f"{kernel} on {arch} has no {x}" for x in INSTRUCTIONS if x not in found]
-                wrong += [f"{kernel} on {arch} has {x}" for x in LOCAL_MEMORY if x in found]
+    for arch, part in architectures(run(cuobjdump, "-sass", file)):
+        _, *functions = re.split(r"^\s*Function : (\S+)$", part, flags=re.MULTILINE)
+        names = demangled("\n".join(functions[::2])).splitlines()
+        for kernel, code in zip(map(short, names), functions[1::2], strict=True):
+            if minimum := WRONG_MINIMUM.search(code):
+                wrong.append(f"{kernel} on {arch} has {minimum[0]!r}, which branches wrongly")
+            if ON_TENSOR_CORES not in kernel:
+                continue
+            found = {x for x in INSTRUCTIONS + LOCAL_MEMORY if re.search(rf"{x}\b", code)}
+            if kernel.startswith(WITHOUT_LDSM):
+                found.add("LDSM")
+            wrong += [f"{kernel} on {arch} has no {x}" for x in INSTRUCTIONS if x not in found]
+            wrong += [f"{kernel} on {arch} has {x}" for x in LOCAL_MEMORY if x in found]
     return wrong
 
 
@@ -94,9 +95,14 @@ def main() -> None:
     options = parser.parse_args()
     objects = sorted(options.objects.glob("*.cu.o"))
 
+    # Emulating launches and searching disassembled code take half a minute of a core each.
+    with ProcessPoolExecutor() as pool:
+        printed = pool.submit(run, options.launches)
+        searched = pool.map(wrong_instructions, repeat(options.cuobjdump), objects)
+        wrong = [line for each in searched for line in each]
     registers = registers_of(options.cuobjdump, objects)
     launches = {}
-    for line in run(options.launches).splitlines():
+    for line in printed.result().splitlines():
         threads, shared, kernel = line.split(" ", 2)
         launches[short(kernel)] = f"{threads:>7} {shared:>6}"
     if launches.keys() != registers.keys():
@@ -112,7 +118,6 @@ def main() -> None:
     lines = [title, f"#{header[1:]}", *rows]
     if options.write:
         TABLE.write_text("\n".join(lines) + "\n")
-    wrong = wrong_instructions(options.cuobjdump, objects)
     old = TABLE.read_text().splitlines()
     if old[0] == title:
         wrong += difflib.unified_diff(old, lines, TABLE.name, "now", lineterm="", n=0)
