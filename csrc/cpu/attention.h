@@ -126,7 +126,6 @@ class Prefetch {
   }
 
  private:
-  static constexpr int kL2 = 2;  // __builtin_prefetch's locality
   // At T = 128 backward has 1,000 rows to fetch and, 64 columns wide, 130 tiles; forward half of
   // each.
   static constexpr int kRowsATile = (kTileColumns<float> + 5) / 6;

@@ -56,7 +56,7 @@ __attribute__((noinline)) void tile(const typename F::Operand* const* a, const f
   for (int64_t k = 0; k < w.steps; ++k) {
     if ((kRows == 1 || kRows == kTileRows) && ahead.panel)
       for (int p = 0; p < kAheadPanels<kRows, kPanels>; ++p)
-        __builtin_prefetch(ahead.panel + p * ahead.stride + k * kLineBytes, 0, 2);
+        __builtin_prefetch(ahead.panel + p * ahead.stride + k * kLineBytes, 0, kL2);
     step_part.template operator()<0>(k);
     if constexpr (F::kParts == 2) step_part.template operator()<1>(k);
   }
@@ -90,7 +90,8 @@ __attribute__((noinline)) void row_in_order_of_matrix_tiles(const uint32_t* row,
       const Vec<uint32_t> x = broadcast<uint32_t>(row[k]);
 #pragma GCC unroll 8
       for (int p = 0; p < kPanels; ++p) {
-        if (ahead.panel) __builtin_prefetch(ahead.panel + p * ahead.stride + k * kLineBytes, 0, 2);
+        if (ahead.panel)
+          __builtin_prefetch(ahead.panel + p * ahead.stride + k * kLineBytes, 0, kL2);
         Vec<uint32_t> pairs;
         std::memcpy(&pairs, panels + p * stride + k * kPanel * 2, sizeof pairs);
         even[p] += even_of(x) * even_of(pairs);

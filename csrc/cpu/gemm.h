@@ -36,18 +36,30 @@ struct FetchAhead {
   }
 };
 
+// The panel that is multiplied after the one at hand; none has no bytes. It is fetched from L3 to
+// L2 a few bytes a step: the hardware's prefetchers stop at the end of each page. Not for matrix
+// tiles, which wait for memory whatever is fetched when.
+struct NextPanel {
+  const void* data;
+  int64_t bytes;
+};
+
 // Rows [i0, i0 + rows), columns [j0, j0 + columns) of C, of one panel: a (rows, steps) times the
 // panel (steps, width) onto the partial sums; where that is the last of it, to the epilogue.
 template <class E>
 __attribute__((noinline)) void multiply_panel(int64_t i0, int64_t rows, int64_t j0, int64_t columns,
                                               int64_t steps, Tiles<typename E::Operand> a,
                                               const typename E::Operand* panel, int64_t width,
+                                              const NextPanel& next,
                                               const PartialSums<typename E::Sum>& partial,
                                               const Epilogue<E>& epilogue, FetchAhead& ahead) {
   using Sum = typename E::Sum;
   constexpr int64_t kRun = 512;  // steps summed in one go: longer sums of float32 lose digits
   const int64_t run = equal_part(steps, kRun);
   alignas(64) Sum done[E::kRows * kTileColumns<Sum>];
+  [[maybe_unused]] auto* fetched = static_cast<const std::byte*>(next.bytes ? next.data : panel);
+  [[maybe_unused]] const int64_t bytes_a_step =
+      next.bytes / std::max<int64_t>(1, whole_tiles<E>(rows) / E::kRows * steps);
   for (int64_t i = 0; i < rows; i += E::kRows) {
     const int64_t tile_rows = std::min<int64_t>(E::kRows, rows - i);
     const auto* tile = a.data + i / E::kRows * a.tile;
@@ -71,13 +83,17 @@ __attribute__((noinline)) void multiply_panel(int64_t i0, int64_t rows, int64_t 
           x += load(sums);
         store(to, x);
       };
+      const auto fetch = [&]() __attribute__((always_inline)) {
+        __builtin_prefetch(fetched, 0, kL2);
+        fetched += bytes_a_step;
+      };
       with_tile_shape<Sum>(
           tile_rows, width, [&]<int kVectors>(auto tile_rows) __attribute__((always_inline)) {
             constexpr int64_t kRow = kVectors * kLanes<Sum>;
             do {  // once, where there are no steps: the sums are zeros then
               multiply_tile<E, kVectors>(tile_rows, std::min(run, steps - k),
                                          {tile + k * a.column, a.row, a.column}, panel + k * kRow,
-                                         kRow, keep);
+                                         kRow, keep, fetch);
               k += run;
             } while (k < steps);
           });
@@ -154,10 +170,18 @@ struct PanelBlocks
       Callback<const typename E::Operand*, int64_t, int64_t, int64_t, typename E::Operand*>;
   static constexpr int64_t kWidth = Panels<E>::kWidth;
   int64_t columns, steps;
+  bool packed;  // before: they lie in memory of their own
 
   template <class F>
-  PanelBlocks(const F& f) : Base(f), columns(f.columns), steps(f.steps) {}
+  PanelBlocks(const F& f)
+      : Base(f), columns(f.columns), steps(f.steps), packed(requires { f.panel(0); }) {}
   int64_t width(int64_t p) const { return Panels<E>{nullptr, columns, steps}.width(p); }
+  // Up to `count` steps of panel p, from step k on.
+  NextPanel next(int64_t p, int64_t k, int64_t count) const {
+    if (!packed || k >= steps) return {};
+    const int64_t bytes = std::min(count, steps - k) * width(p) * sizeof(typename E::Operand);
+    return {(*this)(p, k, count, nullptr), bytes};
+  }
 };
 
 template <class E>
@@ -210,10 +234,12 @@ __attribute__((noinline)) void gemm_block(int64_t i0, int64_t rows, int64_t j0, 
       const auto block = tiles(i0, rows, k, steps, scratch.a);
       FetchAhead ahead =
           fetch_ahead<E>(tiles, i0, rows, k + steps, std::min(steps, b.steps - k - steps), n);
-      for (int64_t p = j / b.kWidth; p * b.kWidth < j + n; ++p) {
+      const int64_t first = j / b.kWidth, end = (j + n + b.kWidth - 1) / b.kWidth;
+      for (int64_t p = first; p < end; ++p) {
         const int64_t at = p * b.kWidth;
+        const auto next = p + 1 < end ? b.next(p + 1, k, steps) : b.next(first, k + steps, steps);
         multiply_panel<E>(i0, rows, at, std::min(b.kWidth, j + n - at), steps, block,
-                          b(p, k, steps, scratch.b), b.width(p),
+                          b(p, k, steps, scratch.b), b.width(p), next,
                           {scratch.sums + at - j, scratch.row, k == 0, k + steps == b.steps},
                           epilogue, ahead);
       }

@@ -98,7 +98,7 @@ GPT_EXT_INLINE void multiply_matrix_tile(int64_t steps, Matrix<uint32_t> tile,
   }
   for (int64_t k = 0; k < steps; k += kSide, a += tile.column, b = below(b, b_row)) {
     for (int64_t i = 0; i < ahead.a_unit; ++i, ahead.line += kLineBytes)
-      __builtin_prefetch(ahead.line, 0, 2);
+      __builtin_prefetch(ahead.line, 0, kL2);
     _tile_loadd(4, a, a_row);
     _tile_loadd(6, b, b_row);
     GPT_EXT_TILE_MULTIPLY_ADD(0, 4, 6);

@@ -7,6 +7,7 @@ namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 #define GPT_EXT_INLINE inline __attribute__((always_inline))
 
 constexpr int64_t kLineBytes = 64;  // of a cache
+constexpr int kL2 = 2;              // to where __builtin_prefetch fetches, in place of L1
 
 template <class T>
 constexpr int kVectorBytes = GPT_EXT_VECTOR_BYTES ? GPT_EXT_VECTOR_BYTES : sizeof(T);

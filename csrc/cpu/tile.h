@@ -97,13 +97,17 @@ GPT_EXT_INLINE T load_operand(const T* p) {
   return *reinterpret_cast<const Unaligned*>(p);
 }
 
+struct Nothing {
+  GPT_EXT_INLINE void operator()() const {}
+};
+
 // One tile: a (rows <= 6, steps) times b (steps, kVectors vectors), whose rows are b_row apart;
 // epilogue(r, c, x) gets the result vector by vector. Rows past the last repeat it, so that the
-// loop has one shape. Rows is a number, or for a full tile, the constant.
-template <class E, int kVectors, class Rows, class Epilogue>
+// loop has one shape. Rows is a number, or for a full tile, the constant. Calls each_step() a step.
+template <class E, int kVectors, class Rows, class Epilogue, class EachStep = Nothing>
 GPT_EXT_INLINE void multiply_tile(Rows rows, int64_t steps, Matrix<typename E::Operand> a,
                                   const typename E::Operand* b, int64_t b_row,
-                                  const Epilogue& epilogue) {
+                                  const Epilogue& epilogue, const EachStep& each_step = {}) {
   using Sum = typename E::Sum;
   const typename E::Operand* row[kTileRows];
   Vec<Sum> sum[kTileRows][kVectors];
@@ -112,6 +116,7 @@ GPT_EXT_INLINE void multiply_tile(Rows rows, int64_t steps, Matrix<typename E::O
     for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec<Sum>{};
   }
   for (int64_t k = 0, offset = 0; k < steps; ++k, offset += a.column, b += b_row) {
+    each_step();
     Vec<typename E::Operand> y[kVectors];
     for (int v = 0; v < kVectors; ++v) std::memcpy(&y[v], b + v * kLanes<Sum>, sizeof y[v]);
     for (int r = 0; r < kTileRows; ++r) {
