@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cmath>
+#include <type_traits>
 
 #include "ops/ffn.h"
 
@@ -23,34 +24,43 @@ __device__ Acc normal_cdf(Acc z) {
   return Acc(0.5) * (1 + erf(z * kSqrtHalf));
 }
 
-template <class Acc>
-__device__ Acc activate(Activation activation, Acc z) {
+// f(std::integral_constant of it): a branch for several elements, not for each.
+template <class F>
+__device__ void dispatch(Activation activation, F&& f) {
   switch (activation) {
     case Activation::kRelu:
-      return z > 0 || z != z ? z : Acc{0};  // NaN stays NaN
+      return f(std::integral_constant<Activation, Activation::kRelu>{});
     case Activation::kGelu:
-      return z * normal_cdf(z);
-    default:  // kGeluTanh
-      return Acc(0.5) * z * (1 + gelu_tanh_inner(z));
+      return f(std::integral_constant<Activation, Activation::kGelu>{});
+    default:
+      return f(std::integral_constant<Activation, Activation::kGeluTanh>{});
+  }
+}
+
+template <Activation kActivation, class Acc>
+__device__ Acc activate(Acc z) {
+  if constexpr (kActivation == Activation::kRelu) {
+    return z > 0 || z != z ? z : Acc{0};  // NaN stays NaN
+  } else if constexpr (kActivation == Activation::kGelu) {
+    return z * normal_cdf(z);
+  } else {
+    return Acc(0.5) * z * (1 + gelu_tanh_inner(z));
   }
 }
 
 // act'(z), from z for the GELUs, from act(z) for kRelu.
-template <class Acc>
-__device__ Acc activation_derivative(Activation activation, Acc saved) {
-  switch (activation) {
-    case Activation::kRelu:
-      return saved <= 0 ? 0 : 1;  // NaN lets the gradient through, as in torch
-    case Activation::kGelu: {
-      constexpr Acc kInvSqrt2Pi = 0.39894228040143267794;
-      return normal_cdf(saved) + saved * kInvSqrt2Pi * exp(Acc(-0.5) * saved * saved);
-    }
-    default: {  // kGeluTanh: (1 + t)/2 + z/2 (1 - t^2) u'
-      constexpr Acc kSqrt2OverPi = 0.79788456080286535588, kCubic = 0.044715;
-      const Acc t = gelu_tanh_inner(saved);
-      const Acc du = kSqrt2OverPi * (1 + 3 * kCubic * saved * saved);
-      return Acc(0.5) * (1 + t) + Acc(0.5) * saved * (1 - t * t) * du;
-    }
+template <Activation kActivation, class Acc>
+__device__ Acc activation_derivative(Acc saved) {
+  if constexpr (kActivation == Activation::kRelu) {
+    return saved <= 0 ? 0 : 1;  // NaN lets the gradient through, as in torch
+  } else if constexpr (kActivation == Activation::kGelu) {
+    constexpr Acc kInvSqrt2Pi = 0.39894228040143267794;
+    return normal_cdf(saved) + saved * kInvSqrt2Pi * exp(Acc(-0.5) * saved * saved);
+  } else {  // (1 + t)/2 + z/2 (1 - t^2) u'
+    constexpr Acc kSqrt2OverPi = 0.79788456080286535588, kCubic = 0.044715;
+    const Acc t = gelu_tanh_inner(saved);
+    const Acc du = kSqrt2OverPi * (1 + 3 * kCubic * saved * saved);
+    return Acc(0.5) * (1 + t) + Acc(0.5) * saved * (1 - t * t) * du;
   }
 }
 

@@ -17,12 +17,17 @@ struct StoreDerivative {  // dz = C act'(z)
   const T* saved;
   int64_t columns;
   Activation activation;
-  __device__ void operator()(int64_t row, int64_t column, Run<Acc> run) const {
-    const int64_t index = row * columns + column;
-    for_run(run, [&](int j) {
-      run.at[j] *= activation_derivative(activation, static_cast<Acc>(saved[index + j]));
+  __device__ bool takes_whole_runs() const { return runs_are_whole(columns, dz, saved); }
+  __device__ Read<T> read(int64_t row, int64_t column, int left, bool whole) const {
+    return {saved + row * columns + column, left, whole};
+  }
+  __device__ void operator()(int64_t row, int64_t column, Run<Acc> run, const Read<T>& z) const {
+    dispatch(activation, [&](auto which) {
+      for_run(run, [&](int j) {
+        run.at[j] *= activation_derivative<decltype(which)::value>(z.template at<Acc>(j));
+      });
     });
-    store_run(dz + index, run);
+    store_run(dz + row * columns + column, run);
   }
 };
 
@@ -30,7 +35,10 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     activate_kernel(T* out, const T* z, int64_t size, Activation activation) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i < size) out[i] = static_cast<T>(activate(activation, static_cast<Accumulator<T>>(z[i])));
+  if (i >= size) return;
+  dispatch(activation, [&](auto which) {
+    out[i] = static_cast<T>(activate<decltype(which)::value>(static_cast<Accumulator<T>>(z[i])));
+  });
 }
 
 template <class Stream, class Product>

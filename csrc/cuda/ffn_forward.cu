@@ -13,11 +13,15 @@ struct StoreActivated {  // z = C + bias: hidden = act(z), and z itself where ba
   const Stream* bias;
   int64_t columns;
   Activation activation;
-  __device__ void operator()(int64_t row, int64_t column, Run<Acc> run) const {
+  __device__ bool takes_whole_runs() const { return runs_are_whole(columns, hidden, saved, bias); }
+  __device__ Nothing read(int64_t, int64_t, int, bool) const { return {}; }
+  __device__ void operator()(int64_t row, int64_t column, Run<Acc> run, Nothing) const {
     const int64_t index = row * columns + column;
-    for_run(run, [&](int j) { run.at[j] += static_cast<Acc>(bias[column + j]); });
+    add(run, Read<Stream>(bias + column, run.count, run.whole));
     if (saved != hidden) store_run(saved + index, run);
-    for_run(run, [&](int j) { run.at[j] = activate(activation, run.at[j]); });
+    dispatch(activation, [&](auto which) {
+      for_run(run, [&](int j) { run.at[j] = activate<decltype(which)::value>(run.at[j]); });
+    });
     store_run(hidden + index, run);
   }
 };

@@ -37,7 +37,11 @@ constexpr int kGemmBlocks = 3;
 template <class Epilogue>
 constexpr bool kDrops = requires(const Epilogue& epilogue) { epilogue.dropout; };
 
-// A block a tile of C. epilogue(row, column, run) stores what it makes of the run.
+// What an epilogue reads where it joins a run with nothing.
+struct Nothing {};
+
+// A block a tile of C. epilogue(row, column, run, read) stores what it makes of the run and of what
+// it has read for it, epilogue.read(row, column, left, whole).
 template <Layout kLayout, class T, class Epilogue>
 __global__ void __launch_bounds__(kThreads, kGemmBlocks)
     gemm_kernel(Matrix<T> a, Matrix<T> b, int64_t rows, int64_t columns, int64_t depth,
@@ -63,9 +67,11 @@ __global__ void __launch_bounds__(kThreads, kGemmBlocks)
       if (row < rows && column < columns) {
         const Run<Acc> run{{c.at[i][j]}, 1};
         if constexpr (kDrops<Epilogue>) {
-          epilogue(row, column, run, epilogue.dropout.kept(row, column));
+          epilogue(row, column, run, epilogue.read(row, column, 1, false),
+                   epilogue.dropout.kept(row, column));
         } else {
-          epilogue(part * rows + row, column, run);
+          const int64_t in_parts = part * rows + row;
+          epilogue(in_parts, column, run, epilogue.read(in_parts, column, 1, false));
         }
       }
     }
@@ -90,7 +96,9 @@ struct Store {  // out = C
   using Acc = Accumulator<T>;
   T* out;
   int64_t columns;
-  __device__ void operator()(int64_t row, int64_t column, const Run<Acc>& run) const {
+  __device__ bool takes_whole_runs() const { return runs_are_whole(columns, out); }
+  __device__ Nothing read(int64_t, int64_t, int, bool) const { return {}; }
+  __device__ void operator()(int64_t row, int64_t column, const Run<Acc>& run, Nothing) const {
     store_run(out + row * columns + column, run);
   }
 };

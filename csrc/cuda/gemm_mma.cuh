@@ -55,9 +55,10 @@ constexpr int kBlocksForRegisters = std::is_same_v<T, SplitFloat> ? 2
                                     : kLayout == Layout::kTN      ? 3
                                                                   : 4;
 
-// epilogue(row, column, run) stores what it makes of the run. row_sums, if not null, gets the sums
-// of op(A)'s rows, which are op(A) times a column of ones: one more product of what is there. Not
-// of float32, which a product rounds and a sum does not.
+// The epilogue as gemm_kernel's; it reads for several runs before it is handed one, for each would
+// wait for memory by itself. row_sums, if not null, gets the sums of op(A)'s rows, which are op(A)
+// times a column of ones: one more product of what is there. Not of float32, which a product rounds
+// and a sum does not.
 template <class T, Layout kLayout, class Epilogue, class Sums>
 __global__ void __launch_bounds__(GemmShape<T>::kThreads, kBlocksForRegisters<T, kLayout>)
     gemm_mma_kernel(Matrix<T> a, Matrix<T> b, int64_t rows, int64_t columns, int64_t depth,
@@ -68,11 +69,12 @@ __global__ void __launch_bounds__(GemmShape<T>::kThreads, kBlocksForRegisters<T,
   constexpr int kStages = Shape::kStages, kDepth = Shape::kDepth;
   constexpr bool kHasSums = kLayout == Layout::kTN && sizeof(T) == 2;
   auto& shared = shared_memory<Tiles>();
-  const int64_t across = column_tiles<Shape>(columns, row_sums != nullptr);
-  const int64_t down = (rows + Shape::kRows - 1) / Shape::kRows;
+  // In 32 bits, as there are no more blocks: a division of 64 is a hundred instructions.
+  const auto across = static_cast<unsigned>(column_tiles<Shape>(columns, row_sums != nullptr));
+  const auto down = static_cast<unsigned>((rows + Shape::kRows - 1) / Shape::kRows);
   const int64_t part = blockIdx.x / (across * down);
-  const int64_t row0 = blockIdx.x / across % down * Shape::kRows;
-  const int64_t column0 = blockIdx.x % across * Shape::kColumns;
+  const int64_t row0 = int64_t{blockIdx.x / across % down} * Shape::kRows;
+  const int64_t column0 = int64_t{blockIdx.x % across} * Shape::kColumns;
   const int warp_row0 = warp() / Shape::kWarpsAcross * Shape::kWarpTileRows;
   const int warp_column0 = warp() % Shape::kWarpsAcross * Shape::kWarpTileColumns;
   const bool with_sums = kHasSums && row_sums != nullptr && column0 + warp_column0 == 0;
@@ -153,22 +155,43 @@ __global__ void __launch_bounds__(GemmShape<T>::kThreads, kBlocksForRegisters<T,
   }
 #pragma unroll
   for (int m = 0; m < kM; ++m) make_neighbours(c[m]);
+  // `whole` is a constant: as a rule blocks never come near the code for the ends of rows.
+  const auto finish = [&](auto whole) {
+    constexpr bool kWhole = decltype(whole)::value;
+    constexpr int kRead = 2;  // runs that are read for at once: registers allow no more
 #pragma unroll
-  for (int n = 0; n < kN; ++n) {
-    const int64_t column = lane_column0 + 8 * n, left = columns - column;
-    const int count = left < 4 ? static_cast<int>(left) : 4;
+    for (int n = 0; n < kN; ++n) {
+      const int64_t column = lane_column0 + 8 * n, left = columns - column;
+      const int count = left < 4 ? static_cast<int>(left) : 4;
+      if (left <= 0) break;
 #pragma unroll
-    for (int m = 0; m < kM; ++m) {
-      const float(&four)[4] = c[m][n];
-      const Run<float> run{{four[0], four[1], four[2], four[3]}, count};
-      const int64_t row = lane_row0 + 16 * m;
-      if (row >= rows || count <= 0) continue;
-      if constexpr (kDrops<Epilogue>) {
-        epilogue(row, column, run, static_cast<uint32_t>(kept >> 4 * (m * kN + n)));
-      } else {
-        epilogue(part * rows + row, column, run);
+      for (int m0 = 0; m0 < kM; m0 += kRead) {
+        decltype(epilogue.read(0, 0, 0, false)) read[kRead];
+#pragma unroll
+        for (int i = 0; i < kRead; ++i) {
+          const int64_t row = lane_row0 + 16 * (m0 + i);
+          if (row < rows) read[i] = epilogue.read(part * rows + row, column, count, kWhole);
+        }
+#pragma unroll
+        for (int i = 0; i < kRead; ++i) {
+          const int m = m0 + i;
+          const float(&four)[4] = c[m][n];
+          const Run<float> run{{four[0], four[1], four[2], four[3]}, count, kWhole};
+          const int64_t row = lane_row0 + 16 * m;
+          if (row >= rows) break;
+          if constexpr (kDrops<Epilogue>) {
+            epilogue(row, column, run, read[i], static_cast<uint32_t>(kept >> 4 * (m * kN + n)));
+          } else {
+            epilogue(part * rows + row, column, run, read[i]);
+          }
+        }
       }
     }
+  };
+  if (epilogue.takes_whole_runs()) {
+    finish(std::true_type{});
+  } else {
+    finish(std::false_type{});
   }
   if constexpr (kHasSums) {
     if (!with_sums || lane() % 4 != 0) return;

@@ -41,7 +41,8 @@ class DropoutFactors {
   explicit DropoutFactors(const Dropout& dropout)
       : seed_(dropout.p > 0 ? dropout.seed : nullptr),
         mask_(0, dropout.p),
-        scale_(ResidualDropout::kept_scale(dropout.p)) {}
+        scale_(ResidualDropout::kept_scale(dropout.p)),
+        scale_float_(static_cast<float>(scale_)) {}
 
   __device__ bool on() const { return seed_ != nullptr; }
 
@@ -61,13 +62,15 @@ class DropoutFactors {
   template <class Acc>
   __device__ void apply(Run<Acc>& run, uint32_t kept) const {
     if (!on()) return;
-    for_run(run, [&](int j) { run.at[j] *= kept >> j & 1 ? static_cast<Acc>(scale_) : Acc{0}; });
+    const Acc scale = sizeof(Acc) == 4 ? scale_float_ : static_cast<Acc>(scale_);
+    for_run(run, [&](int j) { run.at[j] *= kept >> j & 1 ? scale : Acc{0}; });
   }
 
  private:
   const int64_t* seed_;
   ResidualDropout mask_;
   double scale_;
+  float scale_float_;  // the same: devices convert 64 bits slowly
 };
 
 // out = residual + dropout(C + bias); residual and bias may be null.
@@ -78,16 +81,17 @@ struct StoreLinear {
   const Stream *bias, *residual;
   int64_t columns;
   DropoutFactors dropout;
-  __device__ void operator()(int64_t row, int64_t column, Run<Acc> run, uint32_t kept) const {
-    const int64_t index = row * columns + column;
-    if (bias != nullptr) {
-      for_run(run, [&](int j) { run.at[j] += static_cast<Acc>(bias[column + j]); });
-    }
+  __device__ bool takes_whole_runs() const { return runs_are_whole(columns, out, bias, residual); }
+  __device__ Read<Stream> read(int64_t row, int64_t column, int left, bool whole) const {
+    if (residual == nullptr) return {};
+    return {residual + row * columns + column, left, whole};
+  }
+  __device__ void operator()(int64_t row, int64_t column, Run<Acc> run,
+                             const Read<Stream>& of_residual, uint32_t kept) const {
+    if (bias != nullptr) add(run, Read<Stream>(bias + column, run.count, run.whole));
     dropout.apply(run, kept);
-    if (residual != nullptr) {
-      for_run(run, [&](int j) { run.at[j] += static_cast<Acc>(residual[index + j]); });
-    }
-    store_run(out + index, run);
+    if (residual != nullptr) add(run, of_residual);
+    store_run(out + row * columns + column, run);
   }
 };
 
@@ -103,9 +107,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = index / across, column = index % across * 4;
   if (row >= rows) return;
   Run<Acc> run{{}, static_cast<int>(pitch - column)};
-  for_run(run, [&](int j) {
-    if (column + j < columns) run.at[j] = static_cast<Acc>(from[row * columns + column + j]);
-  });
+  if (column < columns) {
+    add(run, Read<From>(from + row * columns + column, static_cast<int>(columns - column)));
+  }
   dropout.apply(run, dropout.kept(row, column));
   store_run(to + row * pitch + column, run);
 }

@@ -215,7 +215,8 @@ __device__ void add_product(float (&c)[kM][kRightRows / 8][4],
                             const WarpTile<T, kRightRows, kWidth>& right) {
   // All, but of float32's wide or double operands, whose loads, all ahead, would fill the
   // registers.
-  constexpr int kUnrolled = kSummedApart<T> || (kOf32Bits<T> && kWidth == 256) ? 1 : 16;
+  [[maybe_unused]] constexpr int kUnrolled =
+      kSummedApart<T> || (kOf32Bits<T> && kWidth == 256) ? 1 : 16;
 #pragma unroll kUnrolled
   for (int k = 0; k < kWidth; k += kTerms<T>) {
     Left<T> a[kM];
