@@ -10,6 +10,8 @@ from pathlib import Path
 
 # Before torch loads OpenMP: waiting threads sleep, so that a busy machine does not slow the tests.
 os.environ["OMP_WAIT_POLICY"] = "passive"
+# So that what commands write is what they tell: torch's C++ warns of the machine's network.
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
 
 import pytest
 import torch
