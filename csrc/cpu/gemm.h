@@ -278,14 +278,14 @@ __attribute__((noinline)) void gemm_blocks(int64_t rows, const PanelBlocks<E>& b
   });
 }
 
-// C panel by panel, a task each: of all rows, or where k takes several blocks of as many as leave
-// the partial sums, 528 x 64 float32 or 135 KB, in L2. A panel that is packed where it is
-// multiplied is packed again for the next ones.
+// C, a panel a task: of all rows at once, or where k takes several blocks, of 528 at most, whose
+// partial sums, 135 KB of float32 at 64 columns, stay in L2 while k runs. For the next rows a panel
+// that is packed where it is multiplied is packed anew.
 template <class E>
 __attribute__((noinline)) void gemm_panels(int64_t rows, const PanelBlocks<E>& b,
                                            const TilesOfBlock<E>& tiles,
                                            const Epilogue<E>& epilogue) {
-  constexpr int64_t kTiles = 88;
+  constexpr int64_t kTiles = 88;  // of 6 rows
   const int64_t row_tiles = whole_tiles<E>(rows) / E::kRows;
   const int64_t m =
       E::kRows * (split_steps<E>(b.steps).count > 1 ? equal_part(row_tiles, kTiles) : row_tiles);
