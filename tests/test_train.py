@@ -240,8 +240,11 @@ def test_a_captured_step_trains_as_the_plain_one(
     assert captured.train()
     assert isinstance(captured.advance, Replayed)
     assert captured.advance.replay is not None
+    # The rate is a float32 for a graph: an ulp of a parameter, and some round to another bfloat16.
+    # A rate wrong by 1% changes losses by 9e-4.
+    tolerance = 1e-4 if precision == "float32" else 4e-4
     for one, other in zip(records_of(captured.run), records_of(plain.run), strict=True):
-        assert one == pytest.approx(other, rel=1e-4)  # the rate is a float32 for a graph
+        assert one == pytest.approx(other, rel=tolerance)
 
 
 def test_a_captured_step_is_left_out_where_it_is_bad(
