@@ -236,15 +236,14 @@ def test_a_captured_step_trains_as_the_plain_one(
         pytest.skip("float16 is for CUDA only")
     options = dict(precision=precision, device=graph_device, ema=0.9, micro_batch_size=2)
     plain, captured = begin("plain", **options), begin("captured", **options, cuda_graph=True)
+    if precision != "float32":  # an ulp of another optimizer's may round to another 16-bit number
+        plain.optimizer = optimizer.build_optimizer(plain.model, captured.options)
     assert plain.train()
     assert captured.train()
     assert isinstance(captured.advance, Replayed)
     assert captured.advance.replay is not None
-    # The rate is a float32 for a graph: an ulp of a parameter, and some round to another bfloat16.
-    # A rate wrong by 1% changes losses by 9e-4.
-    tolerance = 1e-4 if precision == "float32" else 4e-4
     for one, other in zip(records_of(captured.run), records_of(plain.run), strict=True):
-        assert one == pytest.approx(other, rel=tolerance)
+        assert one == pytest.approx(other, rel=1e-4)  # the rate is a float32 for a graph
 
 
 def test_a_captured_step_is_left_out_where_it_is_bad(
