@@ -6,21 +6,27 @@
 
 namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
-// Queries, or keys, a block. Whole tiles, so that no tile straddles the edge of a block; and a row
-// of 144 float32 is 9 cache lines, an odd number, so that a column spreads over all sets of L1.
-// Of matrix tiles 128, whole ones, which is the seed's context.
+// Queries, or keys, a block. Whole tiles and whole panels, so that no tile straddles the edge of a
+// block: 192 is 32 tiles of 6 rows, and 3 panels of 64 columns. Of matrix tiles 128, whole ones,
+// which is the seed's context.
 template <class E>
-constexpr int64_t kBlock = E::kStepUnit > 1 ? 128 : 144;
+constexpr int64_t kBlock = E::kStepUnit > 1 ? 128 : 192;
 static_assert(kBlock<Elements<float>> % kTileRows == 0 &&
+              kBlock<Elements<float>> % kTileColumns<float> == 0 &&
               kBlock<Bf16Products> % Bf16Products::kRows == 0);
 static_assert(kBlock<Elements<float>> % 4 == 0);  // so that keys begin at a block of Philox
 
-// Elements a row of what is copied for the products: an odd number of cache lines, too.
+// Elements a row of what is copied for the products: an odd number of cache lines, so that a column
+// spreads over all sets of L1.
 template <class Sum>
 constexpr int64_t row_stride(int64_t dim) {
   constexpr int64_t kLine = kLineBytes / sizeof(Sum);
   return ((dim + kLine - 1) / kLine | 1) * kLine;
 }
+
+// Elements a row of a block's scores, and of what else is a block wide.
+template <class E>
+constexpr int64_t kBlockRow = E::kStepUnit > 1 ? kBlock<E> : row_stride<typename E::Sum>(kBlock<E>);
 
 // One head of a (B, T, H, D) tensor, as a (T, D) matrix. Heads are numbered b * H + h.
 template <class Storage>
@@ -64,18 +70,18 @@ void join_rows(Matrix<Storage> x, int64_t rows, int64_t dim, typename E::Operand
                row_stride<typename E::Operand>(dim), Unchanged{});
 }
 
-// Transposed, to the columns of out (steps of dim, kBlock), padded with zeros to whole vectors, or
-// matrix tiles.
+// Transposed, to the columns of out (steps of dim, kBlockRow), padded with zeros to whole vectors,
+// or matrix tiles.
 template <class E, class Storage>
 void transpose_rows(Matrix<Storage> x, int64_t rows, int64_t dim, typename E::Operand* out) {
   const int64_t steps = steps_of_depth<E>(dim);
-  transpose_columns<E>(Matrix<Storage>{x.data, 1, x.row}, dim, 0, steps, 0, rows, out, kBlock<E>,
+  transpose_columns<E>(Matrix<Storage>{x.data, 1, x.row}, dim, 0, steps, 0, rows, out, kBlockRow<E>,
                        Unchanged{});
   if constexpr (E::kStepUnit > 1) {
     const int64_t whole = round_up<typename E::Sum>(rows);
     const int64_t end = (rows + E::kColumns - 1) / E::kColumns * E::kColumns;
     for (int64_t s = 0; s < steps; ++s)
-      std::fill(out + s * kBlock<E> + whole, out + s * kBlock<E> + end, 0);
+      std::fill(out + s * kBlockRow<E> + whole, out + s * kBlockRow<E> + end, 0);
   }
 }
 
@@ -217,13 +223,14 @@ __attribute__((noinline)) void multiply_by_matrix_tiles(int64_t rows, int64_t co
 
 // a (rows, .) times b (., columns), tile by tile: epilogue(i, j, x) gets the vector from column j
 // on of row i. Rows of b are b_row apart and padded to whole vectors. steps_of(i, i_end) is what
-// matters to the tile of rows [i, i_end).
+// matters to the tile of rows [i, i_end). Both by value: what a reference leads to would be read
+// anew after each store.
 template <class E, class StepsOf, class Epilogue>
 __attribute__((noinline)) void multiply_tiles(int64_t rows, int64_t columns,
                                               Matrix<typename E::Operand> a,
                                               const typename E::Operand* b, int64_t b_row,
-                                              const StepsOf& steps_of, Prefetch& prefetch,
-                                              const Epilogue& epilogue) {
+                                              const StepsOf steps_of, Prefetch& prefetch,
+                                              const Epilogue epilogue) {
   using Sum = typename E::Sum;
 #if GPT_EXT_MATRIX_TILES
   if constexpr (E::kStepUnit > 1)
@@ -239,10 +246,10 @@ __attribute__((noinline)) void multiply_tiles(int64_t rows, int64_t columns,
       prefetch.a_few_rows();
       const Matrix<typename E::Operand> tile{a.data + i * a.row + k * a.column, a.row, a.column};
       with_tile_shape<Sum>(
-          tile_rows, width, [&]<int kVectors>(auto tile_rows) __attribute__((always_inline)) {
+          tile_rows, width, [=]<int kVectors>(auto tile_rows) __attribute__((always_inline)) {
             multiply_tile<E, kVectors>(
                 tile_rows, k_end - k, tile, b + k * b_row + j,
-                b_row, [&](int64_t r, int64_t c, Vec<Sum> x) __attribute__((always_inline)) {
+                b_row, [=](int64_t r, int64_t c, Vec<Sum> x) __attribute__((always_inline)) {
                   epilogue(i + r, j + c, x);
                 });
           });

@@ -4,7 +4,7 @@
 //   delta_i = sum_d g_id out_id,  dQ = scale dS K,  dK = scale dS^T Q
 // Dropout multiplies P in dV and dP in dS by the mask's 0 or 1/(1-p).
 //
-// Blocks of 144 keys outside, blocks of 144 queries inside: dK and dV of a block are summed over
+// Blocks of 192 keys outside, blocks of 192 queries inside: dK and dV of a block are summed over
 // queries, dQ over keys. A task owns one head, or, where there are fewer heads than threads, dK and
 // dV of one block of its keys, or dQ of one block of its queries. So nothing is summed across
 // threads, and each sum has one order: the bits are the same in both schemes.
@@ -29,7 +29,7 @@ void attention_backward(Cpu, const AttentionBackward& p) {
 namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
 // P^T or dS^T of a block, summed over queries: element (key, step of queries) lies at data[step *
-// kBlock + key].
+// kBlockRow + key].
 template <class E>
 struct QuerySums {
   using Operand = typename E::Operand;
@@ -38,7 +38,7 @@ struct QuerySums {
 
   // Elements of keys [j, j + a vector's) of query i; of a pair of queries, the first one first.
   GPT_EXT_INLINE void put(int64_t i, int64_t j, Vec<Sum> x) const {
-    Operand* out = data + i / E::kDepth * kBlock<E> + j;
+    Operand* out = data + i / E::kDepth * kBlockRow<E> + j;
     if constexpr (E::kDepth == 1)
       store(out, x);
     else
@@ -47,10 +47,10 @@ struct QuerySums {
   // Zeros for the queries beyond, which a product's last steps read.
   void end(int64_t rows) const {
     constexpr int64_t kDepth = E::kDepth;
-    std::fill(data + (rows + kDepth - 1) / kDepth * kBlock<E>,
-              data + steps_of_depth<E>(rows) * kBlock<E>, Operand(0));
+    std::fill(data + (rows + kDepth - 1) / kDepth * kBlockRow<E>,
+              data + steps_of_depth<E>(rows) * kBlockRow<E>, Operand(0));
   }
-  Matrix<Operand> matrix() const { return {data, 1, kBlock<E>}; }
+  Matrix<Operand> matrix() const { return {data, 1, kBlockRow<E>}; }
 };
 
 // What a task computes from the blocks with these queries and keys. Both ranges begin at a block.
@@ -78,27 +78,27 @@ struct BackwardScratch {
     const int64_t left = row_stride<Operand>(steps), right = row_stride<Operand>(dim);
     const int64_t row = row_stride<Sum>(dim);
     Carver carver(memory);
-    q = carver.take<Operand>(time * left);          // (queries of the part, D)
-    dout = carver.take<Operand>(time * left);       // (queries of the part, D)
-    dq = carver.take<Sum>(time * row);              // (queries of the part, D), not yet times scale
-    delta = carver.take<Sum>(time);                 // (queries of the part)
-    k = carver.take<Operand>(kBlock<E> * right);    // (keys, D)
-    k_t = carver.take<Operand>(steps * kBlock<E>);  // (D, keys)
-    v_t = carver.take<Operand>(steps * kBlock<E>);  // (D, keys)
-    dk = carver.take<Sum>(kBlock<E> * row);         // (keys, D), not yet times scale
-    dv = carver.take<Sum>(kBlock<E> * row);         // (keys, D)
-    p = carver.take<Sum>(kBlock<E> * kBlock<E>);    // (queries, keys)
-    ds = carver.take<Operand>(kBlock<E> * kBlock<E>);  // (queries, keys)
+    q = carver.take<Operand>(time * left);        // (queries of the part, D)
+    dout = carver.take<Operand>(time * left);     // (queries of the part, D)
+    dq = carver.take<Sum>(time * row);            // (queries of the part, D), not yet times scale
+    delta = carver.take<Sum>(time);               // (queries of the part)
+    k = carver.take<Operand>(kBlock<E> * right);  // (keys, D)
+    k_t = carver.take<Operand>(steps * kBlockRow<E>);     // (D, keys)
+    v_t = carver.take<Operand>(steps * kBlockRow<E>);     // (D, keys)
+    dk = carver.take<Sum>(kBlock<E> * row);               // (keys, D), not yet times scale
+    dv = carver.take<Sum>(kBlock<E> * row);               // (keys, D)
+    p = carver.take<Sum>(kBlock<E> * kBlockRow<E>);       // (queries, keys)
+    ds = carver.take<Operand>(kBlock<E> * kBlockRow<E>);  // (queries, keys)
     dropout =
-        carver.take<Sum>(problem.dropout_p > 0 ? kBlock<E> * kBlock<E> : 0);  // (queries, keys)
+        carver.take<Sum>(problem.dropout_p > 0 ? kBlock<E> * kBlockRow<E> : 0);  // (queries, keys)
     // Elements one by one lie the same on either side.
     if constexpr (E::kDepth == 1) {
       q_right = q, dout_right = dout, p_t = {p}, ds_t = {ds};
     } else {
       q_right = carver.take<Operand>(steps_of_depth<E>(time) * right);
       dout_right = carver.take<Operand>(steps_of_depth<E>(time) * right);
-      p_t = {carver.take<Operand>(kBlock<E> / 2 * kBlock<E>)};
-      ds_t = {carver.take<Operand>(kBlock<E> / 2 * kBlock<E>)};
+      p_t = {carver.take<Operand>(kBlock<E> / 2 * kBlockRow<E>)};
+      ds_t = {carver.take<Operand>(kBlock<E> / 2 * kBlockRow<E>)};
     }
     bytes = carver.used();
   }
@@ -144,25 +144,25 @@ void backward_block(const AttentionProblem& problem, const BackwardScratch<E>& s
   if (drops)
     for (int64_t i = 0; i < rows; ++i)
       attention_dropout_scales(problem, head, row + i, key, padded_depth<E>(keys),
-                               s.dropout + i * kBlock<E>);
+                               s.dropout + i * kBlockRow<E>);
 
   const ScoreSteps scores{dim, ahead};
   multiply_tiles<E>(
-      rows, keys, Matrix<Operand>{s.q + at * left, left, 1}, s.k_t, kBlock<E>, scores,
-      prefetch, [&](int64_t i, int64_t j, Vec<Sum> x) __attribute__((always_inline)) {
+      rows, keys, Matrix<Operand>{s.q + at * left, left, 1}, s.k_t, kBlockRow<E>, scores,
+      prefetch, [=](int64_t i, int64_t j, Vec<Sum> x) __attribute__((always_inline)) {
         const Vec<Sum> p = exp2(x * scale - lse[i] * Sum(kLog2E));
-        store(s.p + i * kBlock<E> + j, keep_part<Sum>(p, i + ahead + 1 - j));
+        store(s.p + i * kBlockRow<E> + j, keep_part<Sum>(p, i + ahead + 1 - j));
       });
   multiply_tiles<E>(
-      rows, keys, Matrix<Operand>{s.dout + at * left, left, 1}, s.v_t, kBlock<E>, scores,
-      prefetch, [&](int64_t i, int64_t j, Vec<Sum> dp) __attribute__((always_inline)) {
-        const Vec<Sum> p = load(s.p + i * kBlock<E> + j);
-        const Vec<Sum> factor = drops ? load(s.dropout + i * kBlock<E> + j) : broadcast(Sum(1));
+      rows, keys, Matrix<Operand>{s.dout + at * left, left, 1}, s.v_t, kBlockRow<E>, scores,
+      prefetch, [=](int64_t i, int64_t j, Vec<Sum> dp) __attribute__((always_inline)) {
+        const Vec<Sum> p = load(s.p + i * kBlockRow<E> + j);
+        const Vec<Sum> factor = drops ? load(s.dropout + i * kBlockRow<E> + j) : broadcast(Sum(1));
         const Vec<Sum> ds = p * (dp * factor - delta[i]);
         s.p_t.put(i, j, p * factor);
         s.ds_t.put(i, j, ds);
         if constexpr (E::kDepth > 1)
-          store(reinterpret_cast<Element<E>*>(s.ds + i * kBlock<E>) + j, ds);
+          store(reinterpret_cast<Element<E>*>(s.ds + i * kBlockRow<E>) + j, ds);
       });
   if (part.dkv) {
     for (const auto& x : {s.p_t, s.ds_t}) x.end(rows);
@@ -174,7 +174,7 @@ void backward_block(const AttentionProblem& problem, const BackwardScratch<E>& s
                       queries, prefetch, AddTo<Sum>{s.dk, stride, first});
   }
   if (part.dq)
-    multiply_tiles<E>(rows, dim, Matrix<Operand>{s.ds, kBlock<E>, 1}, s.k, right,
+    multiply_tiles<E>(rows, dim, Matrix<Operand>{s.ds, kBlockRow<E>, 1}, s.k, right,
                       KeySteps{keys, ahead}, prefetch,
                       AddTo<Sum>{s.dq + at * stride, stride, key == 0});
 }
@@ -209,9 +209,15 @@ void attention_backward_part(const AttentionBackward& p, int64_t head, const Bac
       prefetch.add(from_row(x, t), std::min(kBlock<E>, problem.time - t), dim);
     };
     if (part.dq && row == key) add({dq, p.dq.time, 1}, row);
-    if (row + kBlock<E> < end) {
-      if (key == part.keys.begin)
-        for (const auto& x : {q, dout, out}) add(x, row + kBlock<E>);
+    if (const int64_t next = row + kBlock<E>; next < end) {
+      if (key == part.keys.begin) {
+        for (const auto& x : {q, dout, out}) add(x, next);
+      } else {  // their copies, which, of a long head, have left L2 since
+        const int64_t at = next - first, rows = std::min(kBlock<E>, end - next);
+        for (const Operand* x : {s.q, s.dout})
+          prefetch.add(Matrix<Operand>{x + at * left, left, 1}, rows, steps_of_depth<E>(dim));
+        prefetch.add(Matrix<Sum>{s.dq + at * stride, stride, 1}, rows, dim);
+      }
       return prefetch;
     }
     if (part.dkv) add({dk, p.dk.time, 1}, key), add({dv, p.dv.time, 1}, key);

@@ -1,7 +1,7 @@
 // Causal attention, forward, on CPUs: online softmax over blocks of keys (Milakov and Gimelshein,
 // "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022).
 //
-// A task owns one block of 144 queries of a head, or eight. For each block of 144 keys it copies
+// A task owns one block of 192 queries of a head, or eight. For each block of 192 keys it copies
 // K^T and V once, then takes its queries block by block: scores S = Q K^T; the row's new maximum m;
 // P = exp2(S - m); what was summed before shrinks by exp2(m_old - m); l += row sums of P; O += P V.
 // Where the level multiplies pairs of bfloat16, P is rounded to it, after l's sums are taken.
@@ -41,10 +41,10 @@ struct ForwardScratch {
     Carver carver(memory);
     rows = whole_tiles<E>(rows);
     q = carver.take<Operand>(rows * row_stride<Operand>(steps));     // (rows, D)
-    k_t = carver.take<Operand>(steps * kBlock<E>);                   // K^T (D, keys)
+    k_t = carver.take<Operand>(steps * kBlockRow<E>);                // K^T (D, keys)
     v = carver.take<Operand>(kBlock<E> * row_stride<Operand>(dim));  // V (keys, D)
     o = carver.take<Sum>(rows * row_stride<Sum>(dim));               // (rows, D), not yet over l
-    scores = carver.take<Sum>(kStrip<E> * kBlock<E>);                // S (queries, keys), then P
+    scores = carver.take<Sum>(kStrip<E> * kBlockRow<E>);             // S (queries, keys), then P
     max = carver.take<Sum>(rows);                                    // m (rows), in units of log 2
     sum = carver.take<Sum>(rows);                                    // l (rows)
     bytes = carver.used();
@@ -80,11 +80,11 @@ void forward_block(const AttentionProblem& problem, const ForwardScratch<E>& s, 
   Sum* o = s.o + at * stride;
 
   multiply_tiles<E>(
-      rows, keys, Matrix<Operand>{s.q + at * q_stride, q_stride, 1}, s.k_t, kBlock<E>,
-      ScoreSteps{dim, ahead},
-      prefetch, [&](int64_t i, int64_t j, Vec<Sum> x) __attribute__((always_inline)) {
+      rows, keys, Matrix<Operand>{s.q + at * q_stride, q_stride, 1}, s.k_t, kBlockRow<E>,
+      ScoreSteps{dim, ahead}, prefetch,
+      [ =, scores = s.scores ](int64_t i, int64_t j, Vec<Sum> x) __attribute__((always_inline)) {
         constexpr Sum kMasked = -std::numeric_limits<Sum>::infinity();
-        store(s.scores + i * kBlock<E> + j, keep_part<Sum>(x * scale, i + ahead + 1 - j, kMasked));
+        store(scores + i * kBlockRow<E> + j, keep_part<Sum>(x * scale, i + ahead + 1 - j, kMasked));
       });
   // How many keys of row i the product below reads: up to the last query of its tile.
   const auto keys_of = [&](int64_t i) {
@@ -97,7 +97,7 @@ void forward_block(const AttentionProblem& problem, const ForwardScratch<E>& s, 
     Sum& max = s.max[at + i];
     Vec<Sum> largest = broadcast(max);
     for (int64_t j = 0; j < keys_of(i); j += kLanes<Sum>)
-      largest = maximum<Sum>(largest, load(s.scores + i * kBlock<E> + j));
+      largest = maximum<Sum>(largest, load(s.scores + i * kBlockRow<E> + j));
     const Sum old_max = max;
     max = reduce_max<Sum>(largest);
     shrink[i] = old_max - max;
@@ -107,13 +107,13 @@ void forward_block(const AttentionProblem& problem, const ForwardScratch<E>& s, 
     Sum scales[kBlock<E>];
     if (drops) attention_dropout_scales(problem, head, row + i, key, keys_of(i), scales);
     Sum& sum = s.sum[at + i];
-    sum = sum * shrink[i] + to_probabilities<E>(s.scores + i * kBlock<E>, keys_of(i),
+    sum = sum * shrink[i] + to_probabilities<E>(s.scores + i * kBlockRow<E>, keys_of(i),
                                                 drops ? scales : nullptr, s.max[at + i]);
   }
   multiply_tiles<E>(
-      rows, dim, Matrix<Operand>{reinterpret_cast<const Operand*>(s.scores), kBlock<E>, 1}, s.v,
-      row_stride<Operand>(dim), KeySteps{keys, ahead},
-      prefetch, [&](int64_t i, int64_t j, Vec<Sum> x) __attribute__((always_inline)) {
+      rows, dim, Matrix<Operand>{reinterpret_cast<const Operand*>(s.scores), kBlockRow<E>, 1}, s.v,
+      row_stride<Operand>(dim), KeySteps{keys, ahead}, prefetch,
+      [ =, shrink = &shrink[0] ](int64_t i, int64_t j, Vec<Sum> x) __attribute__((always_inline)) {
         Sum* out = o + i * stride + j;
         store(out, key == 0 ? x : load(out) * shrink[i] + x);
       });

@@ -16,7 +16,7 @@ from gpt_ext.ops import causal_attention, packed_causal_attention
 RAW_FORWARD = torch.ops.gpt_ext.attention_forward
 RAW_BACKWARD = torch.ops.gpt_ext.attention_backward
 
-TIMES = [1, 2, 17, 31, 33, 64, 128, 144, 145, 300]  # the CPU's blocks are of 144, CUDA's of 64
+TIMES = [1, 2, 17, 31, 33, 64, 128, 192, 193, 400]  # the CPU's blocks are of 192, CUDA's of 64
 HEAD_DIMS = [1, 7, 8, 42, 64, 80, 128, 200, 256]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 if torch.cuda.is_available():
