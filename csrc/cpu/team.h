@@ -8,8 +8,14 @@
 #include <cstdint>
 #include <optional>
 #include <thread>
+#include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sched.h>
+
+#include <fstream>
 #endif
 
 #include "cpu/parallel.h"
@@ -61,6 +67,52 @@ class Barrier {
   alignas(64) std::atomic<uint32_t> phase_{0};
 };
 
+#if defined(__linux__)
+// Moves the calling thread from this core to another that it may run on, if there is one. What it
+// may run on stays as it was.
+inline void leave_core(int core) {
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;  // more cores than a set holds
+  cpu_set_t others = allowed;
+  CPU_CLR(core, &others);
+  if (CPU_COUNT(&others) == 0) return;
+  sched_setaffinity(0, sizeof others, &others);
+  sched_setaffinity(0, sizeof allowed, &allowed);
+}
+
+// Whether some core idles, where two threads share one: whether no more threads of the machine are
+// ready to run than this process has cores.
+inline bool some_core_idles() {
+  double load;
+  unsigned ready = 0;  // "0.20 0.18 0.12 ready/all last", says man proc_loadavg
+  std::ifstream("/proc/loadavg") >> load >> load >> load >> ready;
+  return ready > 0 && ready <= std::thread::hardware_concurrency();
+}
+#endif
+
+// The cores that ranks begin on. A thread that was asleep may be woken on the core of who woke it;
+// ranks that wait for each other in turn look to the scheduler like one thread, and it leaves them
+// there, at half their speed, for tens of milliseconds.
+class Cores {
+ public:
+  explicit Cores(int ranks) : cores_(ranks) {}
+
+  // Every rank calls it, once, before it works.
+  void take([[maybe_unused]] int rank) {
+#if defined(__linux__)
+    const int here = sched_getcpu() + 1;
+    cores_[rank].store(here, std::memory_order_relaxed);
+    bool shared = false;
+    for (int i = 0; i < static_cast<int>(cores_.size()); ++i)
+      shared |= i != rank && cores_[i].load(std::memory_order_relaxed) == here;
+    if (shared && some_core_idles()) leave_core(here - 1);
+#endif
+  }
+
+ private:
+  std::vector<std::atomic<int>> cores_;  // plus 1; 0 before the rank has begun
+};
+
 // One thread's place in the team.
 struct Rank {
   int index, size;
@@ -77,11 +129,17 @@ struct Rank {
 template <class Work>
 void run_team(const Work& work) {
   std::optional<Barrier> barrier;
+  std::optional<Cores> cores;
 #pragma omp parallel
   {
+    const int rank = omp_get_thread_num(), size = omp_get_num_threads();
 #pragma omp single
-    barrier.emplace(omp_get_num_threads());
-    work(Rank{omp_get_thread_num(), omp_get_num_threads(), &*barrier});
+    {
+      barrier.emplace(size);
+      cores.emplace(size);
+    }
+    cores->take(rank);
+    work(Rank{rank, size, &*barrier});
   }
 }
 

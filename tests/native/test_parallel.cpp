@@ -1,6 +1,8 @@
 // Tasks shared among threads: each is done once, whoever does it.
 #include "cpu/parallel.h"
 
+#include "cpu/team.h"
+
 #include <atomic>
 #include <new>
 #include <vector>
@@ -56,6 +58,32 @@ TEST(memory_that_is_not_there_is_told) {
   }
   CHECK(told);
 }
+
+#if defined(__linux__)
+TEST(a_thread_leaves_its_core_and_may_come_back) {
+  cpu_set_t allowed, after;
+  sched_getaffinity(0, sizeof allowed, &allowed);
+  const int core = sched_getcpu();
+  cpu_set_t one;
+  CPU_ZERO(&one);
+  CPU_SET(core, &one);
+  constexpr int kTries = 20;
+  int left = 0;
+  for (int i = 0; i < kTries; ++i) {
+    sched_setaffinity(0, sizeof one, &one);  // there it is, with nowhere to go
+    leave_core(core);
+    sched_getaffinity(0, sizeof after, &after);
+    CHECK(CPU_EQUAL(&one, &after) && sched_getcpu() == core);
+
+    sched_setaffinity(0, sizeof allowed, &allowed);
+    leave_core(core);
+    left += sched_getcpu() != core;
+    sched_getaffinity(0, sizeof after, &after);
+    CHECK(CPU_EQUAL(&allowed, &after));
+  }
+  if (CPU_COUNT(&allowed) > 1) CHECK(left > kTries / 2, left);
+}
+#endif
 
 }  // namespace
 }  // namespace gpt_ext::cpu
