@@ -175,6 +175,7 @@ struct PanelBlocks
   template <class F>
   PanelBlocks(const F& f)
       : Base(f), columns(f.columns), steps(f.steps), packed(requires { f.panel(0); }) {}
+  int64_t count() const { return Panels<E>{nullptr, columns, steps}.count(); }
   int64_t width(int64_t p) const { return Panels<E>{nullptr, columns, steps}.width(p); }
   // Up to `count` steps of panel p, from step k on.
   NextPanel next(int64_t p, int64_t k, int64_t count) const {
@@ -211,8 +212,7 @@ template <class E>
 FetchAhead fetch_ahead(const TilesOfBlock<E>& tiles, int64_t i0, int64_t rows, int64_t k,
                        int64_t steps, int64_t columns) {
   if (!tiles.transposed.data || steps <= 0) return {};
-  const int64_t count =
-      (columns + Panels<E>::kWidth - 1) / Panels<E>::kWidth * (whole_tiles<E>(rows) / E::kRows);
+  const int64_t count = Panels<E>{nullptr, columns, 0}.count() * (whole_tiles<E>(rows) / E::kRows);
   const int64_t first = k * E::kDepth, all = steps * E::kDepth;
   return {tiles.transposed, first, first + all, (all + count - 1) / count, i0, rows};
 }
@@ -292,8 +292,7 @@ __attribute__((noinline)) void gemm_panels(int64_t rows, const PanelBlocks<E>& b
   const auto scratch = [&](std::byte* memory) {
     return BlockScratch<E>(memory, m, b.kWidth, b.steps);
   };
-  const int64_t panels = (b.columns + b.kWidth - 1) / b.kWidth;
-  parallel_for(panels, scratch(nullptr).bytes, [&](int64_t p, std::byte* memory) {
+  parallel_for(b.count(), scratch(nullptr).bytes, [&](int64_t p, std::byte* memory) {
     const int64_t j = p * b.kWidth, n = std::min(b.kWidth, b.columns - j);
     for (int64_t i = 0; i < rows; i += m)
       gemm_block<E>(i, std::min(m, rows - i), j, n, b, tiles, epilogue, scratch(memory));
@@ -351,7 +350,7 @@ void gemm_of_columns(int64_t rows, int64_t depth, Matrix<A> a, Matrix<B> b, int6
                           E::kRows * E::kStepUnit);
   };
   const int64_t panel_bytes = kWidth * steps * sizeof(Operand), threads = max_threads();
-  const int64_t panels = (columns + kWidth - 1) / kWidth;
+  const int64_t panels = Panels<E>{nullptr, columns, steps}.count();
   const int64_t most = std::max<int64_t>(1, kBytes / std::max<int64_t>(1, panel_bytes));
   const int64_t part = (equal_part(panels, most * threads) + threads - 1) / threads;
   const auto scratch = [&](std::byte* memory) {

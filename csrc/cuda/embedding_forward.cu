@@ -13,15 +13,19 @@ __global__ void __launch_bounds__(kThreads) embedding_kernel(const EmbeddingForw
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int64_t row = index / across, column = index % across * 4;
   if (row >= p.problem.batch * p.problem.time) return;
-  const int64_t token = p.tokens[row], left = dim - column;
+  const int64_t token = p.tokens[row];
   if (token < 0 || token >= p.problem.vocabulary) {  // as torch does, whatever NDEBUG says
     __assert_fail("tokens are in the vocabulary", __FILE__, __LINE__, __func__);
   }
-  const T* weight = static_cast<const T*>(p.weight) + token * dim + column;
-  const T* position = static_cast<const T*>(p.positions) + row % p.problem.time * dim + column;
-  Run<Acc> run{{}, left < 4 ? static_cast<int>(left) : 4};
-  for_run(run,
-          [&](int j) { run.at[j] = static_cast<Acc>(weight[j]) + static_cast<Acc>(position[j]); });
+  const int left = static_cast<int>(dim - column);
+  const auto read = [&](const void* table, int64_t of) {
+    return Read<T>(static_cast<const T*>(table) + of * dim + column, left);
+  };
+  const Read<T> of_token = read(p.weight, token),
+                of_position = read(p.positions, row % p.problem.time);
+  Run<Acc> run{{}, left};
+  add(run, of_token);
+  add(run, of_position);
   store_run(static_cast<T*>(p.out) + row * dim + column, run);
 }
 
