@@ -30,7 +30,7 @@ constexpr int kAheadPanels = kRows == 1 ? kPanels : (kPanels + 1) / 2;
 
 // out (kRows, kPanels * 16) = rows a times the panels.
 template <class F, int kRows, int kPanels>
-__attribute__((noinline)) void tile(const typename F::Operand* const* a, const float* row_scale,
+__attribute__((noinline)) void tile(const typename F::Operand* const* a, const RowScale* row_scale,
                                     const TileWeights<F>& w, PanelsAhead ahead, float* out) {
   using Sum = typename F::Sum;
   using Operand = typename F::Operand;
@@ -40,7 +40,7 @@ __attribute__((noinline)) void tile(const typename F::Operand* const* a, const f
   for (int r = 0; r < kRows; ++r) row[r] = a[r];
   const typename F::Stored* panel = w.panel;
   const int64_t stride = w.stride;
-  Vec<Sum> sum[kRows][kVectors][F::kSums] = {};
+  Vec<Sum> sum[kRows][kVectors] = {};
   const auto step_part = [&]<int part>(int64_t k) __attribute__((always_inline)) {
     Vec<Operand> weights[kVectors];
     for (int v = 0; v < kVectors; ++v)
@@ -48,9 +48,8 @@ __attribute__((noinline)) void tile(const typename F::Operand* const* a, const f
           F::template weights<part>(panel + v / kPanelVectors * stride + k * kPanel * F::kDepth +
                                     v % kPanelVectors * kVectorStored);
     for (int r = 0; r < kRows; ++r) {
-      const Vec<Operand> x = broadcast<Operand>(row[r][place_of_operand<F>(k, part)]);
-      for (int v = 0; v < kVectors; ++v)
-        sum[r][v][part % F::kSums] = F::multiply_add(x, weights[v], sum[r][v][part % F::kSums]);
+      const Vec<Operand> x = broadcast<Operand>(row[r][k * F::kParts + part]);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = F::multiply_add(x, weights[v], sum[r][v]);
     }
   };
   for (int64_t k = 0; k < w.steps; ++k) {
@@ -106,8 +105,7 @@ __attribute__((noinline)) void row_in_order_of_matrix_tiles(const uint32_t* row,
 
 // Panels a tile: of one row enough to hide the additions' latency, of many what the registers hold.
 constexpr int kOneRowPanels = std::max(1, 8 / kPanelVectors);
-template <class F>
-constexpr int kManyRowsPanels = std::max(1, kTileVectors / kPanelVectors / F::kSums);
+constexpr int kManyRowsPanels = std::max(1, kTileVectors / kPanelVectors);
 static_assert(kGroup * kPanelVectors >= kTileVectors);
 
 // What a product's rows are made of: x (rows, stride), normed if there is a norm.
@@ -177,13 +175,15 @@ __attribute__((noinline)) void finish_tile(const ProductOut& out, const float* s
 
 // Rows as operands, `row` words of 32 bits each.
 struct Operands {
-  const float *words, *scale;  // (rows, row), (rows): what the format's prepare returned
+  const float* words;     // (rows, row)
+  const RowScale* scale;  // (rows)
   int64_t row;
 };
 
 // Where they are made.
 struct OperandScratch {
-  float *words, *scale;
+  float* words;
+  RowScale* scale;
   float* normed;  // (depth) of one row
   int64_t row;
   size_t bytes;
@@ -192,7 +192,7 @@ struct OperandScratch {
     Carver carver(memory);
     row = decode_align(depth) + kPanel;  // a vector more, for ends that are written whole
     words = carver.take<float>(rows * row);
-    scale = carver.take<float>(rows);
+    scale = carver.take<RowScale>(rows);
     normed = carver.take<float>(decode_align(depth));
     bytes = carver.used();
   }
@@ -256,7 +256,8 @@ void product_typed(const Operands& rows, int64_t count, const PackedMatrix& m, R
     // Rows [i, i + kRows) by kPanels panels; what is beyond the block repeats its last row.
     const auto run = [&]<int kRows, int kPanels>(int64_t p, int64_t i) {
       const Operand* a[kRows];
-      float row_scale[kRows], sums[kRows * kPanels * kPanel];
+      RowScale row_scale[kRows];
+      float sums[kRows * kPanels * kPanel];
       for (int r = 0; r < kRows; ++r) {
         const int64_t row = i0 + std::min(i + r, block - 1);
         a[r] = reinterpret_cast<const Operand*>(rows.words + row * rows.row);
@@ -300,7 +301,7 @@ void product_typed(const Operands& rows, int64_t count, const PackedMatrix& m, R
     if (kInTilesOrder || block == 1)
       by_panels<kOneRowPanels>(panels, one);
     else if constexpr (!kInTilesOrder)
-      by_panels<kManyRowsPanels<F>>(panels, many);
+      by_panels<kManyRowsPanels>(panels, many);
   }
 }
 

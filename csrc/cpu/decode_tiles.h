@@ -5,16 +5,16 @@
 
 namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
-// What product_typed does, for weights in bfloat16 or int8: of 32 rows a time, or of 16, whose two
-// parts are the tile's halves. A row of bfloat16 rounds as row_in_order_of_matrix_tiles does.
+// What product_typed does, for weights in bfloat16 or int8: of 32 rows a time. A row of bfloat16
+// rounds as row_in_order_of_matrix_tiles does.
 template <class F>
 void product_by_matrix_tiles(const Operands& rows, int64_t count, const PackedMatrix& m,
                              Range panels, const ProductOut& out, PanelsAhead next) {
   using Sum = typename F::Sum;
-  constexpr int64_t kTileColumns = 2 * kPanel, kRows = 2 * kUnitSteps / F::kSums;
+  constexpr int64_t kTileColumns = 2 * kPanel, kRows = 2 * kUnitSteps;
   constexpr int64_t kBytes = 1024 * 1024;  // of a block of rows: half of L2
   const int64_t steps = m.panel_bytes / (kPanel * static_cast<int64_t>(sizeof(uint32_t)));
-  const int64_t stride = steps * kPanel, row_bytes = steps * F::kParts * sizeof(uint32_t);
+  const int64_t stride = steps * kPanel, row_bytes = steps * sizeof(uint32_t);
   const int64_t block_rows = std::max<int64_t>(1, kBytes / row_bytes / kRows) * kRows;
   const MatrixUnit<Bf16Tiles> unit(std::min(count, kUnitSteps));
   alignas(64) Sum sums[2 * kUnitSteps * kTileColumns];
@@ -36,25 +36,18 @@ void product_by_matrix_tiles(const Operands& rows, int64_t count, const PackedMa
         const int64_t real_rows = std::min(kRows, count - i);
         prefetch_tile<F>(out, i, real_rows, first, real_columns);
         const Matrix<uint32_t> a{reinterpret_cast<const uint32_t*>(rows.words + i * rows.row),
-                                 rows.row, kUnitSteps * F::kParts};
-        if constexpr (F::kSums == 1)
-          multiply_matrix_tiles(real_rows, columns, steps, a, b, nullptr, 0, sums, kTileColumns,
-                                ahead);
-        else if (columns > kPanel)
-          multiply_matrix_tile<Sum, 2, 2>(steps, a, b, nullptr, 0, sums, kTileColumns, ahead);
-        else
-          multiply_matrix_tile<Sum, 2, 1>(steps, a, b, nullptr, 0, sums, kTileColumns, ahead);
+                                 rows.row, kUnitSteps};
+        multiply_matrix_tiles(real_rows, columns, steps, a, b, nullptr, 0, sums, kTileColumns,
+                              ahead);
         ahead.line += ahead.a_unit * steps / kUnitSteps * kLineBytes;
         auto* values = reinterpret_cast<float*>(sums);
-        if constexpr (F::kSums == 2) {  // in their first half's place
+        if constexpr (std::is_same_v<Sum, int32_t>) {  // in their place
           for (int64_t r = 0; r < real_rows; ++r)
             for (int64_t c = 0; c < columns; c += kLanes<float>) {
-              Vec<Sum> parts[2];
-              for (int64_t half = 0; half < 2; ++half)
-                std::memcpy(&parts[half], sums + (half * kUnitSteps + r) * kTileColumns + c,
-                            sizeof parts[half]);
+              Vec<Sum> sum;
+              std::memcpy(&sum, sums + r * kTileColumns + c, sizeof sum);
               store(values + r * kTileColumns + c,
-                    F::finish(parts, rows.scale[i + r], {m.scale + first + c, m.sum + first + c}));
+                    F::finish(sum, rows.scale[i + r], {m.scale + first + c, m.sum + first + c}));
             }
         }
         finish_tile<F>(out, values, kTileColumns, m.bias + first, i, real_rows, first,

@@ -62,9 +62,8 @@ struct LinesAhead {
 };
 
 // Sums (16 kRows, 16 kColumns) at `to`, rows to_row apart: of those at `from`, unless null, and a
-// (16 kRows, steps) times b (steps, 16 kColumns); of bfloat16 in float32 or of bytes in int32. The
-// second 16 rows of bytes are not below the first but beside them, unit by unit. Meanwhile asks for
-// lines from `ahead` on, so many a unit.
+// (16 kRows, steps) times b (steps, 16 kColumns); of bfloat16 in float32 or of bytes in int32.
+// Meanwhile asks for lines from `ahead` on, so many a unit.
 template <class Sum, int kRows, int kColumns>
 GPT_EXT_INLINE void multiply_matrix_tile(int64_t steps, Matrix<uint32_t> tile,
                                          MatrixTileRight right, const Sum* from, int64_t from_row,
@@ -107,8 +106,7 @@ GPT_EXT_INLINE void multiply_matrix_tile(int64_t steps, Matrix<uint32_t> tile,
       GPT_EXT_TILE_MULTIPLY_ADD(1, 4, 7);
     }
     if constexpr (kRows > 1) {
-      const uint32_t* second = kBytes ? a + kSide : below(a, a_row);
-      _tile_loadd(5, second, a_row);
+      _tile_loadd(5, below(a, a_row), a_row);
       GPT_EXT_TILE_MULTIPLY_ADD(2, 5, 6);
     }
     if constexpr (kRows > 1 && kColumns > 1) {
@@ -122,13 +120,14 @@ GPT_EXT_INLINE void multiply_matrix_tile(int64_t steps, Matrix<uint32_t> tile,
 #undef GPT_EXT_TILE_MULTIPLY_ADD
 }
 
-// The same, in bfloat16, for up to 32 rows and 32 columns, of these 16 or all.
-inline void multiply_matrix_tiles(int64_t rows, int64_t columns, int64_t steps, Matrix<uint32_t> a,
-                                  MatrixTileRight b, const float* from, int64_t from_row, float* to,
-                                  int64_t to_row, LinesAhead ahead = {}) {
+// The same for up to 32 rows and 32 columns, of these 16 or all.
+template <class Sum>
+void multiply_matrix_tiles(int64_t rows, int64_t columns, int64_t steps, Matrix<uint32_t> a,
+                           MatrixTileRight b, const std::type_identity_t<Sum>* from,
+                           int64_t from_row, Sum* to, int64_t to_row, LinesAhead ahead = {}) {
   constexpr int64_t kSide = Bf16Tiles::kStepUnit;
   const auto run = [&]<int kRows, int kColumns>() {
-    multiply_matrix_tile<float, kRows, kColumns>(steps, a, b, from, from_row, to, to_row, ahead);
+    multiply_matrix_tile<Sum, kRows, kColumns>(steps, a, b, from, from_row, to, to_row, ahead);
   };
   if (rows > kSide)
     columns > kSide ? run.template operator()<2, 2>() : run.template operator()<2, 1>();

@@ -1,6 +1,7 @@
 // A decoder of random weights, its logits by the engine, and its check against float64.
 #pragma once
 
+#include <algorithm>
 #include <numeric>
 #include <ostream>
 #include <random>
@@ -94,7 +95,7 @@ class DecodeProblem {
     decode_pack(Cpu{}, {aligned, model, {p[0], p[1], blocks.data(), p[2], p[3], p[4], p[5]}});
 
     const int64_t positions = decode_align(c_.time);
-    const DType cache = c_.format == WeightFormat::kFloat32 ? DType::kFloat32 : DType::kBFloat16;
+    const DType cache = c_.format == WeightFormat::kBFloat16 ? DType::kBFloat16 : DType::kFloat32;
     const size_t bytes =
         c_.blocks * c_.heads * positions * decode_align(c_.dim / c_.heads) * size_of(cache);
     Bytes keys(bytes), values(bytes);
@@ -163,16 +164,25 @@ class DecodeProblem {
 
   void add(DecodeParameter parameter) { parameters_.push_back(std::move(parameter)); }
 
-  static Doubles linear(const Doubles& x, const DecodeParameter& w, const DecodeParameter& b) {
+  Doubles linear(Doubles x, const DecodeParameter& w, const DecodeParameter& b) const {
     const size_t outputs = b.values.size(), inputs = w.values.size() / outputs;
     Doubles y;
-    for (size_t i = 0; i < x.size(); i += inputs)
+    for (size_t i = 0; i < x.size(); i += inputs) {
+      if (c_.format == WeightFormat::kInt8) round_row(&x[i], inputs);
       for (size_t j = 0; j < outputs; ++j) {
         double sum = b.values[j];
         for (size_t k = 0; k < inputs; ++k) sum += x[i + k] * w.values[j * inputs + k];
         y.push_back(sum);
       }
+    }
     return y;
+  }
+
+  // To what int8 weights meet: 254 steps from the least element, or 0, to the largest, or 0.
+  static void round_row(double* row, size_t count) {
+    const auto [least, largest] = std::minmax_element(row, row + count);
+    const double step = (std::max(*largest, 0.0) - std::min(*least, 0.0)) / 254;
+    for (size_t k = 0; k < count && step > 0; ++k) row[k] = std::round(row[k] / step) * step;
   }
 
   static Doubles norm(const Doubles& x, const DecodeParameter& w, const DecodeParameter& b) {
@@ -203,7 +213,8 @@ class DecodeProblem {
 inline void check_decode(const DecodeCase& c) {
   const DecodeProblem problem(c);
   const Doubles expected = problem.reference(), steps = problem.engine(1);
-  // Narrow weights come with a bfloat16 cache and, where the CPU multiplies bfloat16, such rows.
+  // bfloat16 comes with such a cache and, where the CPU multiplies it, such rows; float32 decides
+  // for int8 to which of two integers a number of a row that is near their middle goes.
   const double tolerance = c.format == WeightFormat::kFloat32 ? 512 * rounding(DType::kFloat32)
                                                               : 16 * rounding(DType::kBFloat16);
   CHECK(error(steps, expected) <= tolerance, "error=", error(steps, expected), " ", c);

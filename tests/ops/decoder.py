@@ -55,11 +55,18 @@ class Model:
         )
 
     def logits(
-        self, tokens: Tensor, dtype: torch.dtype = torch.float64, rounded: Any = None
-    ) -> Tensor:
-        """(B, T, V) by the definitions; `rounded` is applied to each matrix that is multiplied."""
+        self, tokens: Tensor, dtype: torch.dtype = torch.float64, rounded: Any = None,
+        rounded_rows: Any = None,
+    ) -> Tensor:  # fmt: skip
+        """(B, T, V) by the definitions; `rounded` is applied to each matrix that is multiplied,
+        `rounded_rows` to what it is multiplied with.
+        """
         w = [t.to(dtype) for t in self.weights]
-        matrix = (lambda t: t) if rounded is None else (lambda t: rounded(t.float()).to(dtype))
+
+        def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            if rounded is not None:
+                weight = rounded(weight.float()).to(dtype)
+            return (x if rounded_rows is None else rounded_rows(x)) @ weight.T + bias
 
         def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             return F.layer_norm(x, (self.dim,), weight, bias, EPS)
@@ -68,11 +75,11 @@ class Model:
         past = torch.ones(2 * tokens.shape[1:], dtype=torch.bool).tril()
         for i in range(self.blocks):
             b = w[6 + 12 * i : 18 + 12 * i]
-            qkv = norm(x, b[0], b[1]) @ matrix(b[2]).T + b[3]
+            qkv = linear(norm(x, b[0], b[1]), b[2], b[3])
             q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
             scores = q @ k.mT / math.sqrt(self.dim / self.heads)
             attended = scores.masked_fill(~past, -math.inf).softmax(-1) @ v
-            x = x + attended.transpose(1, 2).flatten(2) @ matrix(b[4]).T + b[5]
-            hidden = ACTIVATIONS[self.activation](norm(x, b[6], b[7]) @ matrix(b[8]).T + b[9])
-            x = x + hidden @ matrix(b[10]).T + b[11]
-        return norm(x, w[2], w[3]) @ matrix(w[4]).T + w[5]
+            x = x + linear(attended.transpose(1, 2).flatten(2), b[4], b[5])
+            hidden = ACTIVATIONS[self.activation](linear(norm(x, b[6], b[7]), b[8], b[9]))
+            x = x + linear(hidden, b[10], b[11])
+        return linear(norm(x, w[2], w[3]), w[4], w[5])
