@@ -54,7 +54,7 @@ class PlainGPT(nn.Module):
 def export_program(model: GPT) -> torch.export.ExportedProgram:
     """The model's graph, `tokens` (B, T) int64 -> logits (B, T, V), for any B and T.
 
-    T is from 2 to context_length; its weights are those of the model.
+    T is from 1 to context_length; its weights are those of the model.
     """
     length = min(2, model.config.context_length)
     example = torch.zeros(2, length, dtype=torch.int64, device=model.final_norm.weight.device)

@@ -4,10 +4,10 @@
 //   delta_i = sum_d g_id out_id,  dQ = scale dS K,  dK = scale dS^T Q
 // Dropout multiplies P in dV and dP in dS by the mask's 0 or 1/(1-p).
 //
-// Blocks of 192 keys outside, blocks of 192 queries inside: dK and dV of a block are summed over
-// queries, dQ over keys. A task owns one head, or, where there are fewer heads than threads, dK and
-// dV of one block of its keys, or dQ of one block of its queries. So nothing is summed across
-// threads, and each sum has one order: the bits are the same in both schemes.
+// Blocks of 192 keys (128 by matrix tiles) outside, as many queries inside: dK and dV of a block
+// are summed over queries, dQ over keys. A task owns one head, or, where there are fewer heads than
+// threads, dK and dV of one block of its keys, or dQ of one block of its queries. So nothing is
+// summed across threads, and each sum has one order: the bits are the same in both schemes.
 
 #ifndef GPT_EXT_SIMD_LEVEL
 

@@ -1,11 +1,12 @@
 // Causal attention, forward, on CPUs: online softmax over blocks of keys (Milakov and Gimelshein,
 // "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022).
 //
-// A task owns one block of 192 queries of a head, or eight. For each block of 192 keys it copies
-// K^T and V once, then takes its queries block by block: scores S = Q K^T; the row's new maximum m;
-// P = exp2(S - m); what was summed before shrinks by exp2(m_old - m); l += row sums of P; O += P V.
-// Where the level multiplies pairs of bfloat16, P is rounded to it, after l's sums are taken.
-// At the end out = O / l and lse = ln 2 (m + log2 l). Tiles above the diagonal are never computed.
+// A task owns one block of queries of a head, 192 or, by matrix tiles, 128, or eight blocks. For
+// each block of as many keys it copies K^T and V once, then takes its queries block by block:
+// scores S = Q K^T; the row's new maximum m; P = exp2(S - m); what was summed before shrinks by
+// exp2(m_old - m); l += row sums of P; O += P V. Where the level multiplies pairs of bfloat16, P is
+// rounded to it, after l's sums are taken. At the end out = O / l and lse = ln 2 (m + log2 l).
+// Tiles above the diagonal are never computed.
 
 #ifndef GPT_EXT_SIMD_LEVEL
 

@@ -1,5 +1,5 @@
 // A linear layer, forward, on CPUs: one product; the norm is applied where x is read, bias, dropout
-// and residual while the block of the product is in cache.
+// and residual while a tile of the product is in L1.
 
 #ifndef GPT_EXT_SIMD_LEVEL
 

@@ -1,8 +1,8 @@
 // Attention's gradients on tensor cores: one kernel, for dQ and, the other way round, for dK and
 // dV.
 //
-// A block owns rows of a head, a warp 16 of them, and streams the rows that meet them in the causal
-// triangle:
+// A block owns rows of a head, a warp 16 or 32 of them, and streams the rows that meet them in the
+// causal triangle:
 //   dQ       owns queries: (Q, dO), streams keys (K, V) up to the diagonal
 //   dK, dV   owns keys: (K, V), streams queries (Q, dO) down from the diagonal
 // With (X, Y) what it owns and (U, W) what it streams, S = X U^T and dP = Y W^T in both, of rows

@@ -30,7 +30,8 @@ __device__ void take_part(Matrix<T>& matrix, const Split& split, int64_t part) {
   matrix.rows = left < split.terms ? left : split.terms;
 }
 
-// Blocks a multiprocessor must have registers for: as many as sm_86's shared memory holds.
+// Blocks a multiprocessor must have registers for: three leave a thread 80, of which up to 76 are
+// taken.
 constexpr int kGemmBlocks = 3;
 
 // Whether an epilogue has a dropout: it then is told, too, which of a run's elements are kept.

@@ -1,4 +1,4 @@
-// Matrix products of one block, on which every kernel here is built.
+// Matrix products of one block, on which the generic kernels, float64's, are built.
 //
 // A block is a 16 x 16 grid of threads. It works on square tiles: operands lie in shared memory, in
 // the accumulation type; a result is spread over the threads' registers as a Fragment.

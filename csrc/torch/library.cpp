@@ -75,8 +75,8 @@ STABLE_TORCH_LIBRARY(gpt_ext, m) {
       "decode_pack(Tensor[] weights, int heads, int activation, int format, float norm_eps) -> "
       "Tensor");
   m.def("decode_fingerprint(Tensor[] tensors) -> int");
-  // rows (3, R) int64: tokens, sequences, positions. keys and values (L, B, H, T', D'), zero at
-  // first, x (R, C'): primes are rounded up to a multiple of 16.
+  // rows (3, R) int64: tokens, sequences, positions. keys and values (L, B, H, T', D'), what is
+  // bfloat16 of values finite at first, x (R, C'): primes are rounded up to a multiple of 16.
   m.def(
       "decode_forward(Tensor(a!) x, Tensor pack, Tensor(b!) keys, Tensor(c!) values, Tensor rows, "
       "int first_block, int end_block) -> ()");
