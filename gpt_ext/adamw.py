@@ -93,6 +93,7 @@ class AdamW(torch.optim.AdamW):
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
             state.update(fresh_state(parameter))
+        state["step"] = state["step"].float()  # PyTorch's is of torch's default dtype
         return state
 
 

@@ -112,10 +112,17 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Weights, a model's state dict, as safetensors."""
+    """Weights, a model's state dict, as safetensors, which knows no shared memory: it is copied."""
     from safetensors.torch import save
 
-    write_whole(path, save({k: v.cpu().contiguous() for k, v in weights.items()}))
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for key, value in weights.items():
+        value = value.detach().cpu().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        tensors[key] = value.clone() if storage in storages else value
+        storages.add(storage)
+    write_whole(path, save(tensors, metadata={"format": "pt"}))
 
 
 def load_run(run: Path) -> tuple[GPT, Tokenizer]:

@@ -7,6 +7,7 @@ asked for. So no way of changing a weight goes unnoticed, `.data` among them.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -87,6 +88,15 @@ class Helper:
 _helpers = threading.local()
 
 
+def _begin_again() -> None:
+    """In a child that fork() made: it has none of its parent's threads, and nobody holds locks."""
+    global _helpers, _lock
+    _helpers, _lock = threading.local(), threading.Lock()
+
+
+os.register_at_fork(after_in_child=_begin_again)
+
+
 def interruptibly(work: Callable[[], Result]) -> Result:
     """work(), in a thread beside: the one that waits for it sees Ctrl-C, as native code can't.
 
@@ -111,28 +121,32 @@ def interruptibly(work: Callable[[], Result]) -> Result:
     return result.result()
 
 
-def weights_of(model: GPT) -> tuple[list[Tensor], float]:
+def weights_of(model: GPT, device: str | None = "cpu") -> tuple[list[Tensor], float]:
     """The model's weights in the order of `decode.pack`, and the eps of its norms.
 
     Raises NotPlainError where a module that is called is not of the very type that GPT makes, or
-    has hooks or a forward of its own: what such a module computes, the engine does not know. Also
-    where a weight is not on the CPU, and where sizes or the activation are not those of the config.
+    has hooks or methods of its own: what such a module computes, the engine does not know. Also
+    where a weight is not on this device (None: on any), and where sizes or the activation are not
+    those of the config.
     """
     from gpt_ext.model import GPT, Attention, Block, FeedForward
 
     config = model.config
     vocab, dim, hidden = config.vocab_size, config.model_dim, 4 * config.model_dim
     heads = (3, config.num_heads, dim // config.num_heads)
-    eps: set[float] = set()
+    eps: set[Any] = set()
 
-    def plain(name: str, module: Any, kind: type[nn.Module]) -> None:
+    def plain(name: str, module: Any, kind: type[nn.Module], *methods: str) -> None:
         hooks = (module._forward_hooks, module._forward_pre_hooks)
-        if type(module) is not kind or any(hooks) or "forward" in vars(module):
+        replaced = vars(module).keys() & {"forward", *methods}
+        if type(module) is not kind or any(hooks) or replaced:
             raise NotPlainError(f"{name} is no plain {kind.__name__}")
 
     def tensor(name: str, value: Any, *shape: int) -> Tensor:
-        if not isinstance(value, Tensor) or value.device.type != "cpu" or value.shape != shape:
-            raise NotPlainError(f"{name} is no tensor {shape} on the CPU")
+        if not isinstance(value, Tensor) or value.shape != shape:
+            raise NotPlainError(f"{name} is no tensor {shape}")
+        if device and value.device.type != device:
+            raise NotPlainError(f"{name} is on {value.device}, not on {device}")
         return value
 
     def layer(name: str, module: Any, *shape: int) -> list[Tensor]:
@@ -143,11 +157,10 @@ def weights_of(model: GPT) -> tuple[list[Tensor], float]:
         return [weight, tensor(f"{name}.bias", bias, shape[0])]
 
     def norm(name: str, module: Any) -> list[Tensor]:
-        tensors = layer(name, module, dim)
-        eps.add(module.eps)
-        return tensors
+        eps.add(getattr(module, "eps", None))
+        return [tensor(f"{name}.{k}", getattr(module, k, None), dim) for k in ("weight", "bias")]
 
-    plain("the model", model, GPT)
+    plain("the model", model, GPT, "embed", "logits")
     tokens, positions = model.token_embedding, model.position_embedding
     weights = [
         tensor("token_embedding.weight", tokens.weight, vocab, dim),
@@ -174,6 +187,7 @@ def weights_of(model: GPT) -> tuple[list[Tensor], float]:
             *layer(f"{name}.feed_forward.up", network.up, hidden, dim),
             *layer(f"{name}.feed_forward.down", network.down, dim, hidden),
         ]
-    if len(eps) != 1:
-        raise NotPlainError("its norms have different eps")
-    return weights, eps.pop()
+    (value,) = eps if len(eps) == 1 else (None,)
+    if not isinstance(value, float):
+        raise NotPlainError("its norms have not all the same eps")
+    return weights, value

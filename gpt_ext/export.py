@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt_ext import engine
 from gpt_ext.checkpoint import write_whole
 from gpt_ext.errors import UserError
+from gpt_ext.generation import dropout_off
 from gpt_ext.model import GPT
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -54,18 +56,24 @@ class PlainGPT(nn.Module):
 def export_program(model: GPT) -> torch.export.ExportedProgram:
     """The model's graph, `tokens` (B, T) int64 -> logits (B, T, V), for any B and T.
 
-    T is from 1 to context_length; its weights are those of the model.
+    T is from 1 to context_length; its weights are those of the model. UserError for a model with
+    hooks, or with other modules than GPT makes: what they compute the graph would not have.
     """
-    length = min(2, model.config.context_length)
-    example = torch.zeros(2, length, dtype=torch.int64, device=model.final_norm.weight.device)
-    dims = {0: torch.export.Dim("B"), 1: torch.export.Dim("T", max=model.config.context_length)}
-    training = model.training
     try:
+        engine.weights_of(model, device=None)
+    except engine.NotPlainError as error:
+        raise UserError(f"a graph is made of a model as GPT builds it, but {error}") from None
+    longest = model.config.context_length
+    example = torch.zeros(
+        2, min(2, longest), dtype=torch.int64, device=model.final_norm.weight.device
+    )
+    dims = {0: torch.export.Dim("B")}
+    if longest > 1:
+        dims[1] = torch.export.Dim("T", max=longest)
+    with dropout_off(model):
         return torch.export.export(
             PlainGPT(model).eval(), (example,), dynamic_shapes={"tokens": dims}
         )
-    finally:
-        model.train(training)
 
 
 def save_program(model: GPT, path: Path) -> None:

@@ -11,12 +11,14 @@ window is computed anew: exact, where keeping the old keys would not be.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt_ext import engine, sequences
@@ -138,10 +140,12 @@ def check_prompts(prompts: Any, vocab_size: int) -> list[Tensor]:
             check_tokens(row[None])
     if not rows:
         raise ValueError("there is no prompt: tokens are shaped (0, T)")
-    for row in rows:
+    for i, row in enumerate(rows):
         check_token_ids(row, vocab_size)
         if not row.numel():
-            raise ValueError(f"the prompt is empty: tokens are shaped {(len(rows), 0)}")
+            if isinstance(prompts, Tensor):
+                raise ValueError(f"the prompt is empty: tokens are shaped {(len(rows), 0)}")
+            raise ValueError(f"prompt {i} is empty: its tokens are shaped (0,)")
     return [row.clone() for row in rows]  # read when the first token is asked for
 
 
@@ -156,6 +160,8 @@ def check_generators(
         raise TypeError(f"generator must be a torch.Generator, or one a row, got {generator!r}")
     if isinstance(generator, Iterable) and len(generators) != rows:
         raise ValueError(f"generator must be one, or one a row: {rows}, got {len(generators)}")
+    if len(set(map(id, generators))) < len(generators):
+        raise ValueError("generator must be one, or one a row: one is given for several rows")
     return generators
 
 
@@ -183,7 +189,7 @@ def check_sampling(sampling: Sampling) -> None:
 
 def stop_ids(stop: Iterable[int], vocab_size: int) -> list[int]:
     """The ids, once they are seen to be tokens: else TypeError or IndexError."""
-    if not isinstance(stop, Iterable):
+    if not isinstance(stop, Iterable) or getattr(stop, "ndim", 1) == 0:
         raise TypeError(f"stop must be a sequence of token ids, got {stop!r}")
     ids = [integer("a stop id", token) for token in stop]
     for token in ids:
@@ -241,7 +247,7 @@ def in_torch(
         new = torch.where(ended, tokens[:, -1:], sample(logits, seen, sampling, generators))
         seen.scatter_(1, new, True)
         tokens = torch.cat((tokens, new), dim=1)
-        yield new[:, 0]
+        yield new[:, 0].clone()  # the caller's own
         ended = ended | torch.isin(new, stop_ids)
         if stop and ended.all():
             return
@@ -313,13 +319,27 @@ def sample(
     return torch.cat(draws)
 
 
+# Models kept in evaluation mode: by how many, and the modules that were in the other one.
+_evaluated: WeakKeyDictionary[GPT, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
+_evaluated_lock = threading.Lock()
+
+
 @contextmanager
 def dropout_off(model: GPT) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode again after."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    """Evaluation mode inside; every module's own mode again when the last thread has left."""
+    with _evaluated_lock:
+        users, training = _evaluated.get(model, (0, []))
+        if not users:
+            training = [module for module in model.modules() if module.training]
+            model.eval()
+        _evaluated[model] = users + 1, training
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _evaluated_lock:
+            users, training = _evaluated.pop(model)
+            if users > 1:
+                _evaluated[model] = users - 1, training
+            else:
+                for module in training:
+                    module.training = True

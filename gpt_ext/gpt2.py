@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gpt_ext import layouts
 from gpt_ext.errors import UserError
-from gpt_ext.pretrained import read_weights, write_folder
+from gpt_ext.pretrained import check_eps, read_weights, write_folder
 
 if TYPE_CHECKING:
     from gpt_ext.model import GPT
@@ -92,6 +92,7 @@ def save(model: GPT, folder: Path, tokenizer: Tokenizer | None = None) -> None:
     """
     from gpt_ext.bpe import BPETokenizer
 
+    check_eps(model)
     config = model.config
     weights = dict(model.state_dict())
     head, bias = weights["vocab_projection.weight"], weights.pop("vocab_projection.bias")

@@ -159,6 +159,9 @@ def read(file: Mapping[str, Any]) -> Reading:
         if parts[0] in weights
     }
     tokens, positions = own["token_embedding.weight"], own["position_embedding.weight"]
+    for name, table in (("token", tokens), ("position", positions)):
+        if table.dim() != 2:
+            raise TypeError(f"{name}_embedding.weight has shape {tuple(table.shape)}, expected 2-D")
     arguments = {
         "vocab_size": tokens.shape[0],
         "context_length": positions.shape[0],
@@ -268,7 +271,7 @@ def _converted(weights: Mapping[str, Tensor], parts: list[str], transposed: bool
     """The parts stacked by rows; 2-D ones first turned to (out, in) where stored (in, out)."""
     tensors = [weights[part] for part in parts]
     whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-    return whole.t() if transposed and whole.dim() == 2 else whole
+    return whole.t().contiguous() if transposed and whole.dim() == 2 else whole
 
 
 def _fill(own: dict[str, Tensor], blocks: int) -> None:

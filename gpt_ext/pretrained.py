@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpt_ext import layouts
 from gpt_ext.errors import UserError
@@ -71,8 +71,17 @@ class Pretrained:
 
 def save(model: GPT, folder: Path, tokenizer: Tokenizer | None = None) -> None:
     """What `GPT.save_pretrained` does."""
+    check_eps(model)
     config = {"model_type": MODEL_TYPE, **dataclasses.asdict(model.config)}
     write_folder(folder, config, model.state_dict(), tokenizer)
+
+
+def check_eps(model: GPT) -> None:
+    """Raises UserError for norms whose eps was changed: no file of a model has a place for it."""
+    for name, module in model.named_modules():
+        eps = getattr(module, "eps", nn.LayerNorm(1).eps)
+        if eps != nn.LayerNorm(1).eps:
+            raise UserError(f"{name}.eps is {eps}, which a saved model can't tell")
 
 
 def write_folder(
@@ -82,17 +91,14 @@ def write_folder(
     tokenizer: Tokenizer | None,
 ) -> None:
     """Writes config.json, model.safetensors and tokenizer.json, each whole or not at all."""
-    from safetensors.torch import save as to_bytes
-
     from gpt_ext import tokenizer as tokenizers
-    from gpt_ext.checkpoint import write_whole
+    from gpt_ext.checkpoint import save_weights, write_whole
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {folder}: {error.strerror}") from None
-    tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-    write_whole(folder / WEIGHTS, to_bytes(tensors, metadata={"format": "pt"}))
+    save_weights(folder / WEIGHTS, weights)
     write_whole(folder / CONFIG, json.dumps(config, indent=2).encode())
     if tokenizer is not None:
         write_whole(folder / tokenizers.FILE, tokenizer.to_json().encode())
@@ -174,6 +180,8 @@ def read_weights(path: Path) -> Mapping[str, Any]:
         ) from None
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+    except (KeyError, IndexError):  # of what is no pickle at all
+        raise UserError(f"{path} is damaged: it is not what torch.save writes") from None
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds {type(content).__name__}, expected a state dict")
     return content

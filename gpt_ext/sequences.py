@@ -167,6 +167,7 @@ class Slots:
                 continue
             generator.set_state(group.states[0])
             self._draw(used, group)
+            group.states = group.states[0], generator.get_state()
 
     def _empty(self, *shape: int) -> Tensor:
         """Of float32 on the CPU, whatever torch's defaults are."""

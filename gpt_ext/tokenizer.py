@@ -181,7 +181,7 @@ def checked_ids(ids: Iterable[int] | Tensor, size: int) -> list[int]:
 
 def _code_points(text: str) -> Tensor:
     """The Unicode code points of `text`, int64."""
-    if not text:
+    if text == "":
         return torch.empty(0, dtype=torch.int64)
     raw = bytearray(text, "utf-32-le", "surrogatepass")
     return torch.frombuffer(raw, dtype=torch.int32).long()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -78,10 +79,15 @@ def no_bias(model: GPT) -> None:
     model.vocab_projection.bias = None
 
 
+def logits_of_its_own(model: GPT) -> None:
+    logits = model.logits
+    model.logits = lambda x: logits(x).roll(1, -1)  # type: ignore[method-assign]
+
+
 TO_THE_ENGINE_THE_SAME = [hook_a_norm, another_class_of_linear_layer, weight_norm, no_bias]
 TO_PYTORCH_ALONE = [
     hook_a_block, another_class_of_block, another_activation, fewer_heads, fewer_blocks,
-    a_wider_network,
+    a_wider_network, logits_of_its_own,
 ]  # fmt: skip
 
 
@@ -100,3 +106,44 @@ def test_a_changed_model_writes_what_its_forward_says(
     if change in TO_PYTORCH_ALONE:
         with pytest.raises(engine.NotPlainError):
             engine.weights_of(model)
+
+
+def test_norms_that_forward_refuses_write_nothing(model: GPT) -> None:
+    for norm in (nn.RMSNorm(48, eps=1e-5), nn.LayerNorm(48, bias=False), nn.Identity()):
+        model.final_norm = norm  # type: ignore[assignment]
+        refusals = []
+        for call in (lambda: model(START), lambda: model.generate(START, 5)):
+            with pytest.raises((AttributeError, TypeError)) as refusal:
+                call()
+            refusals.append(str(refusal.value))
+        assert refusals[0] == refusals[1]
+
+
+def test_what_is_done_to_a_token_changes_no_later_one(model: GPT) -> None:
+    hook_a_block(model)
+    text = model.generate(START, 20, temperature=0)[0, 1:]
+    for token, expected in zip(model.stream(START, 20, temperature=0), text, strict=True):
+        assert token.item() == expected
+        token.zero_()
+
+
+def test_threads_keep_dropout_off_for_each_other() -> None:
+    model = GPT(vocab_size=40, context_length=32, model_dim=48, num_blocks=2, num_heads=4)
+    inside, gates = ([threading.Event() for _ in range(2)] for _ in range(2))
+
+    def wait(*_: Any) -> None:
+        i = int(threading.current_thread().name)
+        inside[i].set()
+        gates[i].wait(30)
+
+    model.blocks[0].register_forward_hook(wait)
+    threads = [
+        threading.Thread(target=model.generate, args=(START, 1), name=str(i)) for i in range(2)
+    ]
+    for thread, entered in zip(threads, inside, strict=True):
+        thread.start()
+        assert entered.wait(30)
+    for i, training in enumerate([False, True]):  # the first one leaves, then the last
+        gates[i].set()
+        threads[i].join()
+        assert {module.training for module in model.modules()} == {training}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -275,6 +277,39 @@ def test_a_stream_closed_early_leaves_the_generator_where_its_tokens_do(
     tokens.close()  # type: ignore[attr-defined]
     assert torch.equal(torch.cat(taken), model.generate(START, used, generator=other)[0, 1:])
     assert torch.equal(generator.get_state(), other.get_state())
+
+
+@pytest.mark.parametrize("used", [1, 17, 24])
+def test_nor_does_a_stop_id_further_on_change_that(model: GPT, used: int) -> None:
+    text = model.generate(START, 40, generator=seeded(2))[0, 1:].tolist()
+    stop = next(text[i] for i in range(25, 40) if text[i] not in text[:i])
+    generator, other = seeded(2), seeded(2)
+    tokens = model.stream(START, 40, generator=generator, stop=[stop])
+    for _ in range(used):
+        next(tokens)
+    tokens.close()  # type: ignore[attr-defined]
+    model.generate(START, used, generator=other)
+    assert torch.equal(generator.get_state(), other.get_state())
+
+
+def test_a_child_that_fork_made_writes_what_its_parent_does() -> None:
+    # In a process of its own: its threads are to be one, before and after.
+    program = """
+import os, torch
+from gpt_ext import GPT
+torch.set_num_threads(1)
+model, start = GPT(40, 32, 48, 2, 4), torch.zeros(1, 1, dtype=torch.int64)
+texts = [model.generate(start, 20, temperature=0, dtype=form) for form in ("float32", "int8")]
+if (child := os.fork()) == 0:
+    with torch.no_grad():
+        model.vocab_projection.bias += 0  # written again, the same
+    again = GPT(40, 32, 48, 2, 4)
+    again.load_state_dict(model.state_dict())
+    same = torch.equal(again.generate(start, 20, temperature=0, dtype="int8"), texts[1])
+    os._exit(0 if same else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 def test_a_dropped_stream_leaves_a_generator_alone_that_others_seeded(model: GPT) -> None:

@@ -58,6 +58,24 @@ def test_the_program_is_of_pytorchs_own_ops_and_has_the_models_logits(model: GPT
             assert_same_logits(model, shape, program.module()(tokens(*shape)))
 
 
+def test_a_context_of_one_token_is_exported_too() -> None:
+    model = GPT(vocab_size=31, context_length=1, model_dim=24, num_blocks=1, num_heads=4)
+    exported = export.export_program(model).module()(tokens(3, 1))
+    assert_same_logits(model, (3, 1), exported)
+
+
+def test_modes_are_as_before(model: GPT) -> None:
+    model.blocks[0].eval()
+    export.export_program(model)
+    assert [module.training for module in (model, *model.blocks)] == [True, False, True]
+
+
+def test_what_a_graph_would_not_have_is_refused(model: GPT) -> None:
+    model.blocks[0].register_forward_hook(lambda *arguments: arguments[-1] * 2)
+    with pytest.raises(UserError, match=r"but blocks\[0\] is no plain Block"):
+        export.export_program(model)
+
+
 def test_a_program_without_gpt_ext_loads_the_file(tmp_path: Path) -> None:
     model = GPT(**SIZES).eval()
     export.save_program(model, tmp_path / "gpt.pt2")

@@ -306,8 +306,12 @@ def test_other_bad_arguments_are_told_at_the_call(model: GPT) -> None:
         model.stream([], 5)
     with pytest.raises(ValueError, match=r"prompt 1 must be a tensor shaped \(T,\), got \(1, 1\)"):
         model.stream([START[0], START], 5)
-    with pytest.raises(ValueError, match="the prompt is empty"):
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
         model.stream([START[0], START[0, :0]], 5)
+    with pytest.raises(TypeError, match="stop must be a sequence of token ids"):
+        model.stream(START, 5, stop=torch.tensor(5))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="one is given for several rows"):
+        model.stream(START.expand(2, 1), 5, generator=[torch.default_generator] * 2)
     model.blocks[1].feed_forward.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"dtype 'int8': .* blocks\[1\].feed_forward is no plain"):
         model.stream(START, 5, dtype="int8")

@@ -105,6 +105,7 @@ def test_a_tied_head_is_copied(assign: bool) -> None:
     embedding, head = model.token_embedding.weight, model.vocab_projection.weight
     assert torch.equal(embedding, head)
     assert embedding.data_ptr() != head.data_ptr()
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
 
 
 def test_a_file_without_attention_biases_loads_into_a_model_with_them_as_zeros() -> None:

@@ -234,6 +234,10 @@ def test_damage_is_told(tmp_path: Path, suffix: str) -> None:
     cut(path)
     with pytest.raises(UserError, match=rf"weights\.{suffix} is damaged"):
         GPT.from_pretrained(path)
+    for content in (b"", b"abc", b"hello world", b"\x80\x02."):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"weights\.{suffix} is damaged"):
+            GPT.from_pretrained(path)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +245,10 @@ def test_damage_is_told(tmp_path: Path, suffix: str) -> None:
     [
         ([1, 2], "weights.pt holds list, expected a state dict"),
         ({"a": torch.zeros(1)}, "weights.pt: the state dict is of no known layout; closest is"),
+        (
+            GPT(**SIZES).state_dict() | {"token_embedding.weight": torch.tensor(1.0)},
+            r"weights.pt: token_embedding.weight has shape \(\), expected 2-D",
+        ),
         ({"model": {"a": 3}}, "weights.pt: expected a state dict, names -> tensors"),
     ],
 )
@@ -295,6 +303,22 @@ def test_a_saved_model_comes_back(tmp_path: Path, activation: Any, qkv_bias: boo
     assert load_tokenizer(tmp_path / "new/folder").to_json() == tokenizer.to_json()
     stored = load_file(tmp_path / "new/folder/model.safetensors")
     assert stored.keys() == model.state_dict().keys()
+
+
+def test_a_model_with_shared_weights_comes_back(tmp_path: Path) -> None:
+    model = shaken(GPT(**SIZES))
+    model.vocab_projection.weight, model.blocks[1] = model.token_embedding.weight, model.blocks[0]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(GPT.from_pretrained(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("save", [GPT.save_pretrained, gpt2.save])
+def test_an_eps_that_no_file_tells_is_refused(tmp_path: Path, save: Any) -> None:
+    model = GPT(**SIZES)
+    model.blocks[1].feed_forward_norm.eps = 0.1
+    with pytest.raises(UserError, match=r"blocks\.1\.feed_forward_norm\.eps is 0\.1"):
+        save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh"])

@@ -226,8 +226,10 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], dims: str)
 def draw_dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
     """One number (1), int64, from torch's default generator; None where nothing is dropped.
 
-    Raises ValueError for a dropout_p that is no probability.
+    Raises TypeError for a dropout_p that is no number, ValueError for one that is no probability.
     """
+    if not isinstance(dropout_p, int | float):
+        raise TypeError(f"dropout_p is {dropout_p!r}, expected a number")
     if dropout_p == 0:
         return None
     if not 0 <= dropout_p <= 1:

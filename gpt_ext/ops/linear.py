@@ -134,7 +134,11 @@ def take_norm(operands: Operands, norm: Norm | None, dim: int) -> tuple[Any, Any
     """norm_weight, norm_bias and norm_eps for the raw ops, checked as Operands.take does."""
     if norm is None:
         return None, None, 0.0
+    if not isinstance(norm, Norm):
+        raise TypeError(f"norm is {type(norm).__name__}, expected a Norm")
     weight, bias, eps = norm
+    if not isinstance(eps, int | float):
+        raise TypeError(f"norm.eps is {eps!r}, expected a number")
     weight = operands.take("norm.weight", weight, operands.stream, (dim,), "(d)")
     bias = operands.take("norm.bias", bias, operands.stream, (dim,), "(d)")
     return weight, bias, eps

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpt_ext.ops import Norm, linear
 
@@ -50,6 +50,15 @@ def test_wrong_arguments(case: str) -> None:
 def test_dropout_is_a_probability(p: float) -> None:
     with pytest.raises(ValueError, match=f"dropout_p is {p}, expected 0 to 1"):
         linear(X, W, dropout_p=p)
+
+
+def test_what_is_no_number_is_told_as_such() -> None:
+    with pytest.raises(TypeError, match="dropout_p is None, expected a number"):
+        linear(X, W, dropout_p=None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="norm is LayerNorm, expected a Norm"):
+        linear(X, W, norm=nn.LayerNorm(X.shape[-1]))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"norm\.eps is 'a', expected a number"):
+        linear(X, W, norm=Norm(NW, NB, "a"))  # type: ignore[arg-type]
 
 
 SEED = torch.tensor([1])

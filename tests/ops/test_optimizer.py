@@ -196,6 +196,18 @@ def test_the_state_goes_from_one_kind_to_the_other(before: Any, after: Any) -> N
     torch.testing.assert_close(weight, straight)
 
 
+def test_pytorchs_state_may_count_steps_in_another_dtype() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    before, after = torch.optim.AdamW([weight]), AdamW([weight])
+    before.step()
+    state = before.state_dict()
+    state["state"][0]["step"] = state["state"][0]["step"].double()
+    after.load_state_dict(state)
+    after.step()
+    assert after.state_dict()["state"][0]["step"] == 2
+
+
 # Wrong arguments: one clear error, and nothing is changed
 
 
