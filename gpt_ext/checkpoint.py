@@ -35,6 +35,8 @@ def write_whole(path: Path, content: bytes) -> None:
 
     The temporary file of a killed program is overwritten by the next one.
     """
+    if not path.name:
+        raise UserError(f"cannot write {str(path)!r}: it names no file")
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -76,13 +78,20 @@ def json_line(record: Mapping[str, Any]) -> str:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The records of a file of JSON lines, but for a last one that was cut off with the power."""
+    if not path.exists():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
 
 
 def create_run(run: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> None:
     """Makes the folder of a new run; UserError where there is something already."""
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        if not (run / CONFIG).is_file():
+            raise UserError(f"{run} exists already, and is no run")
         raise UserError(f"{run} exists already; to go on with it: gpt-ext train --resume {run}")
     existed = run.exists()
     run.mkdir(parents=True, exist_ok=True)

@@ -26,17 +26,18 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if sys.stdout is not None:  # it may be closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] not in COMMANDS:
         if words and words[0].startswith("-"):
             overview().parse_args(words)  # shows the help, or fails
         given = repr(words[0]) if words else "none"
         return fail(f"expected a command, one of {', '.join(COMMANDS)}; got {given}")
-    command = import_module(f"gpt_ext.commands.{words[0]}")
-    parser: Parser = command.parser()
-    parser.prog = f"gpt-ext {words[0]}"
     try:
+        command = import_module(f"gpt_ext.commands.{words[0]}")
+        parser: Parser = command.parser()
+        parser.prog = f"gpt-ext {words[0]}"
         code: int = command.run(parser.parse_args(words[1:]))
         return code
     except UserError as error:

@@ -44,6 +44,8 @@ class World:
             self.device = torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {device!r} can't be used: {error}") from None
+        if self.device.type not in ("cpu", "cuda"):
+            raise UserError(f"device {device!r} can't be used: it is neither cpu nor cuda")
 
     @contextmanager
     def joined(self) -> Iterator[World]:

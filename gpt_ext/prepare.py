@@ -254,7 +254,7 @@ class Preparation:
 def begin(out: Path, options: dict[str, Any]) -> Work:
     """What is done of the data set so far; makes its folder, if there is none.
 
-    UserError where there is something else, or what was begun with other options.
+    UserError where there is something else, or what was done with other options.
     """
     unfinished = out / UNFINISHED
     if (out / MANIFEST).exists():
@@ -266,6 +266,9 @@ def begin(out: Path, options: dict[str, Any]) -> Work:
             raise UserError(f"{unfinished} is damaged: {error}") from None
         for name, asked in options.items():
             if work.options.get(name) != asked:
+                if not work.inputs:  # nothing is lost
+                    work = Work(options)
+                    break
                 raise UserError(
                     f"{out} was begun with {name} {work.options.get(name)!r}, not {asked!r}: "
                     "remove it, or go on with the same options"

@@ -20,6 +20,7 @@ class Progress:
         from rich.console import Console
 
         self.total, self.every = total, every
+        self.unheard = False  # whether nobody reads any more what is said
         self.terminal = sys.stdout.isatty()
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
         self.bar = progress.Progress(
@@ -55,7 +56,10 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Prints a line, above the bar where there is one."""
-        self.console.print(line)
+        try:
+            self.console.print(line)
+        except (BrokenPipeError, SystemExit):  # rich makes the one of the other
+            self.unheard = True
 
 
 class ByteProgress:

@@ -62,7 +62,10 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], world: World, keep
 def load(run: Path, tensors: Mapping[str, Tensor], world: World) -> None:
     """Fills `tensors` from the newest checkpoint; UserError if there is none or it is damaged."""
     if not (found := steps(run)):
-        raise UserError(f"{run} can't be resumed: it stopped before its first checkpoint")
+        raise UserError(
+            f"{run} can't be resumed: it stopped before its first checkpoint; "
+            "remove it to begin anew"
+        )
     path = run / FOLDER / f"{found[-1]:08}"
     try:
         with _no_warning_of_one_process():

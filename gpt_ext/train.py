@@ -116,6 +116,8 @@ class Trainer:
     def train(self) -> bool:
         """Trains to the last step (True), or to Ctrl-C or SIGTERM, which save too (False).
 
+        As they do, whoever closes the other end of the output.
+
         UserError where the disk is full or the loss stays without a finite value; the checkpoint
         before that is kept.
         """
@@ -128,7 +130,9 @@ class Trainer:
             on_interrupt(repeated=self.world.size > 1) as stop,
             board(self.run if wanted else None, self.step) as self.board,
         ):
-            while self.step < options.steps and not self.world.any(stop.is_set()):
+            while self.step < options.steps and not self.world.any(
+                stop.is_set() or progress.unheard
+            ):
                 record = self.optimize()
                 steps_per_second = (self.step - since) / (time.perf_counter() - at)
                 tokens_per_second = steps_per_second * options.batch_size * context_length

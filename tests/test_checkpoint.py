@@ -76,6 +76,17 @@ def test_on_a_full_disk_the_old_file_stays_and_nothing_else(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_line_that_was_cut_off_with_the_power_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    checkpoint.append_line(path, {"step": 1})
+    with open(path, "a") as file:
+        file.write('{"step": 2')
+    assert checkpoint.read_lines(path) == [{"step": 1}]
+    path.write_text('{"step"\n{"step": 2}\n')
+    with pytest.raises(UserError, match="lines is damaged"):
+        checkpoint.read_lines(path)
+
+
 def test_a_file_left_half_written_by_a_killed_program_does_no_harm(tmp_path: Path) -> None:
     path = tmp_path / "file"
     (tmp_path / ".file.tmp").write_bytes(b"half of a much longer fi")

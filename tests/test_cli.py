@@ -103,6 +103,27 @@ def test_a_reader_that_has_enough_ends_it_quietly(
         assert process.wait(timeout=60) == 1
 
 
+def test_training_that_nobody_listens_to_any_more_is_saved(text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with open_gpt_ext(
+        *("train", "--data", text, "--out", run, *SMALL, "--steps", "1000000", "--log-every", "1")
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=60) == 130
+    (step,) = (run / "checkpoints").iterdir()
+    assert int(step.name) > 0
+
+
+def test_a_closed_stdout_is_no_error() -> None:
+    command = f"{sys.executable} -m gpt_ext doctor >&-"
+    result = subprocess.run(command, shell=True, stderr=subprocess.PIPE, timeout=60, check=True)
+    assert result.stderr == b""
+
+
 def test_generate_into_a_full_disk(trained: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     with (
         open("/dev/full", "w") as full,
@@ -120,7 +141,7 @@ def test_generate_into_a_full_disk(trained: tuple[Path, subprocess.CompletedProc
         (["--prompt", ""], "can't go on from '': the prompt is empty"),
         (["--temperature", "-1"], "temperature must be finite and not negative, got -1"),
         (["--top-k", "0"], "top_k must be at least 1, got 0"),
-        (["--length", "-5"], "max_new_tokens must not be negative, got -5"),
+        (["--length", "-5"], "length must not be negative, got -5"),
         (
             ["--seed", str(2**64)],
             r"seed must be from -2\^63 to 2\^64 - 1, got 18446744073709551616",
@@ -191,6 +212,10 @@ def test_train_says_what_it_needs(
         gpt_ext("train", "--resume", run, "--steps", "80"), "takes its options from the run"
     )
     assert_one_error(gpt_ext("train", "--resume", tmp_path), "is no run")
+    assert_one_error(gpt_ext("train", "--data", text, "--out", text), "exists already, and is no")
+    device = gpt_ext("train", "--data", text, "--out", tmp_path / "new", "--device", "meta")
+    assert_one_error(device, "device 'meta' can't be used: it is neither cpu nor cuda")
+    assert_one_error(gpt_ext("attention", run, "the king", "--out", ""), "it names no file")
 
 
 def test_inspect_tells_what_a_run_is_and_takes(

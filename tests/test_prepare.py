@@ -316,6 +316,17 @@ def test_going_on_with_other_options_or_other_inputs_is_refused(
         made(tmp_path, unfinished)
 
 
+def test_a_call_that_came_to_nothing_binds_no_later_one(tmp_path: Path) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    made(tmp_path, written(tmp_path / "abc.txt", "abc" * 99))
+    (tmp_path / "out").rename(tokenizer)
+    file = written(tmp_path / "t.txt", "abcd" * 99)
+    with pytest.raises(UserError, match="--replacement C writes C"):
+        made(tmp_path, file, tokenizer=str(tokenizer))
+    dataset = made(tmp_path, file, tokenizer=str(tokenizer), replacement="a")
+    assert dataset.tokenizer.decode(all_tokens(dataset)) == "abca" * 99
+
+
 def test_going_on_after_the_disk_was_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = written(tmp_path / "t.txt", sentences(200_000))
     monkeypatch.setattr(corpus, "BATCH", 1 << 15)

@@ -157,7 +157,7 @@ def test_a_second_interrupt_stops_at_once_and_the_handler_is_given_back() -> Non
 
 def test_what_cannot_be_resumed_is_told(begin: Callable[..., train.Trainer], text: Path) -> None:
     trainer = begin("run")
-    with pytest.raises(UserError, match="before its first checkpoint"):
+    with pytest.raises(UserError, match="before its first checkpoint; remove it"):
         train.resume(trainer.run)
     trainer.train()
     with pytest.raises(UserError, match="has done all its 24 steps"):

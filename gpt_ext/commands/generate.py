@@ -70,11 +70,15 @@ def write(
         check_seed(seed)
         generator.manual_seed(seed)
     try:
-        tokens = model.stream(
-            tokenizer.encode(prompt)[None], length, generator=generator, **options
-        )
-    except (ValueError, IndexError) as error:
+        start = tokenizer.encode(prompt)[None]
+        if not start.numel():
+            raise ValueError("the prompt is empty")
+    except ValueError as error:
         raise UserError(f"can't go on from {prompt!r}: {error}") from None
+    try:
+        tokens = model.stream(start, length, generator=generator, **options)
+    except (ValueError, IndexError) as error:
+        raise UserError(str(error).replace("max_new_tokens", "length")) from None
     text_of = tokenizer.stream()
     print(prompt, end="", flush=True)
     for token in tokens:
