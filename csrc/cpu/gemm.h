@@ -62,14 +62,16 @@ __attribute__((noinline)) void multiply_panel(int64_t i0, int64_t rows, int64_t 
       next.bytes / std::max<int64_t>(1, whole_tiles<E>(rows) / E::kRows * steps);
   for (int64_t i = 0; i < rows; i += E::kRows) {
     const int64_t tile_rows = std::min<int64_t>(E::kRows, rows - i);
-    const auto* tile = a.data + i / E::kRows * a.tile;
+    const auto tile = a.from(i / E::kRows, 0);
     ahead.a_few_rows();
     if (partial.last)
       for (const Touched* x : {&epilogue.first, &epilogue.second})
         if (x->data) x->prefetch(i0 + i, tile_rows, j0, columns);
     if constexpr (E::kStepUnit > 1) {
       Sum* sums = partial.data + i * partial.row;
-      multiply_matrix_tiles(tile_rows, width, steps, {tile, a.row, a.column}, {panel, width},
+      const Matrix<uint32_t> rows_of_a{tile.data, tile.row / int64_t{sizeof(uint32_t)},
+                                       tile.column};
+      multiply_matrix_tiles(tile_rows, width, steps, rows_of_a, {panel, width},
                             partial.first ? nullptr : sums, partial.row, partial.last ? done : sums,
                             partial.last ? kTileColumns<Sum> : partial.row);
     } else {
@@ -92,8 +94,8 @@ __attribute__((noinline)) void multiply_panel(int64_t i0, int64_t rows, int64_t 
             constexpr int64_t kRow = kVectors * kLanes<Sum>;
             do {  // once, where there are no steps: the sums are zeros then
               multiply_tile<E, kVectors>(tile_rows, std::min(run, steps - k),
-                                         {tile + k * a.column, a.row, a.column}, panel + k * kRow,
-                                         kRow, keep, fetch);
+                                         tile.from(0, k * a.column), panel + k * kRow, kRow, keep,
+                                         fetch);
               k += run;
             } while (k < steps);
           });
@@ -346,8 +348,9 @@ void gemm_of_columns(int64_t rows, int64_t depth, Matrix<A> a, Matrix<B> b, int6
     pack_tiles<E>(a, i, m, 0, steps, depth, packed.get() + i * steps, Unchanged{});
   });
   const auto tiles = [&](int64_t i0, int64_t, int64_t k0, int64_t, Operand*) {
-    return Tiles<Operand>(packed.get() + i0 * steps + k0 * E::kRows, E::kRows * steps, E::kStepUnit,
-                          E::kRows * E::kStepUnit);
+    constexpr int64_t kOperand = sizeof(Operand);
+    return Tiles<Operand>(packed.get() + i0 * steps + k0 * E::kRows, E::kRows * steps * kOperand,
+                          E::kStepUnit * kOperand, E::kRows * E::kStepUnit);
   };
   const int64_t panel_bytes = kWidth * steps * sizeof(Operand), threads = max_threads();
   const int64_t panels = Panels<E>{nullptr, columns, steps}.count();

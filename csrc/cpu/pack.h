@@ -215,7 +215,8 @@ Tiles<typename E::Operand> pack_matrix_tiles(Matrix<Storage> a, int64_t i0, int6
         transpose(joined, kSide, line(i, s), kSide);
       }
     }
-  return {memory, E::kRows * steps, kSide, kUnit};
+  constexpr int64_t kBytes = sizeof(Operand);
+  return {memory, E::kRows * steps * kBytes, kSide * kBytes, kUnit};
 }
 
 // Rows [i0, i0 + rows) and steps [k0, k0 + steps) of A (., depth) as tiles: A itself where it will
@@ -250,12 +251,14 @@ __attribute__((noinline)) Tiles<typename E::Operand> pack_tiles(Matrix<Storage> 
       for (int64_t j = 0; j < rows - i; j += kTileRows, out += tile)
         std::memcpy(out, line + j, kRun * sizeof *out);
     }
-    return {memory, tile, 1, kTileRows};
+    constexpr int64_t kBytes = sizeof(Operand);
+    return {memory, tile * kBytes, kBytes, kTileRows};
   }
   if constexpr (kIsCopy<E, Storage, Map>)
-    if (depth % E::kDepth == 0 && a.row % E::kDepth == 0)
-      return Matrix<Operand>{reinterpret_cast<const Operand*>(a.data + i0 * a.row) + k0,
-                             a.row / E::kDepth, 1};
+    if ((k0 + steps) * E::kDepth <= depth) {
+      const int64_t row_bytes = a.row * int64_t{sizeof(Storage)};
+      return {a.data + i0 * a.row + k0 * E::kDepth, kTileRows * row_bytes, row_bytes, 1};
+    }
   const int64_t padded = round_up<Operand>(steps);
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t s = 0; s < steps; s += kLanes<Operand>)

@@ -72,16 +72,29 @@ struct Matrix {
   int64_t row, column;
 };
 
-// A as the micro-kernel reads it: element (i, k) lies at data[i / kRows * tile + i % kRows * row +
-// k / kStepUnit * column + k % kStepUnit], by the constants of its arithmetic.
+// A as the micro-kernel reads it: element (i, k) lies i / kRows * tile + i % kRows * row bytes and
+// k / kStepUnit * column + k % kStepUnit elements after `data`, by the constants of its arithmetic.
+// Bytes, for a row of bf16 may begin in the middle of a pair.
 template <class T>
 struct Tiles {
   const T* data;
   int64_t tile, row, column;
 
-  Tiles(const T* data, int64_t tile, int64_t row, int64_t column)
-      : data(data), tile(tile), row(row), column(column) {}
-  Tiles(Matrix<T> a) : Tiles(a.data, kTileRows * a.row, a.row, a.column) {}  // a as it is
+  Tiles(const void* data, int64_t tile, int64_t row, int64_t column)
+      : data(static_cast<const T*>(data)), tile(tile), row(row), column(column) {}
+  // a as it is
+  Tiles(Matrix<T> a)
+      : Tiles(a.data, kTileRows * a.row * int64_t{sizeof(T)}, a.row * int64_t{sizeof(T)},
+              a.column) {}
+
+  const T* at_row(int64_t i) const { return after(i * row); }
+  // From tile number i and column k on.
+  Tiles from(int64_t i, int64_t k) const { return {after(i * tile) + k, tile, row, column}; }
+
+ private:
+  const T* after(int64_t bytes) const {
+    return reinterpret_cast<const T*>(reinterpret_cast<const std::byte*>(data) + bytes);
+  }
 };
 
 // So many rows in whole tiles; matrix tiles are read and written whole.
@@ -105,14 +118,14 @@ struct Nothing {
 // epilogue(r, c, x) gets the result vector by vector. Rows past the last repeat it, so that the
 // loop has one shape. Rows is a number, or for a full tile, the constant. Calls each_step() a step.
 template <class E, int kVectors, class Rows, class Epilogue, class EachStep = Nothing>
-GPT_EXT_INLINE void multiply_tile(Rows rows, int64_t steps, Matrix<typename E::Operand> a,
+GPT_EXT_INLINE void multiply_tile(Rows rows, int64_t steps, const Tiles<typename E::Operand>& a,
                                   const typename E::Operand* b, int64_t b_row,
                                   const Epilogue& epilogue, const EachStep& each_step = {}) {
   using Sum = typename E::Sum;
   const typename E::Operand* row[kTileRows];
   Vec<Sum> sum[kTileRows][kVectors];
   for (int r = 0; r < kTileRows; ++r) {
-    row[r] = a.data + std::min<int64_t>(r, rows - 1) * a.row;
+    row[r] = a.at_row(std::min<int64_t>(r, rows - 1));
     for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec<Sum>{};
   }
   for (int64_t k = 0, offset = 0; k < steps; ++k, offset += a.column, b += b_row) {
