@@ -13,7 +13,7 @@ struct OutputScales {
   const int32_t* sum;
 };
 
-// What an integer q of a row is worth: scale (q - zero). Of rows for int8 weights.
+// Of a row for int8 weights: an integer is worth `scale`, and a byte is `zero` above its integer.
 struct RowScale {
   float scale = 1;
   int32_t zero = 0;
@@ -184,8 +184,8 @@ struct Format<WeightFormat::kInt8> {
   // meets weights of 0. One step fewer than a byte has, as both ends are rounded; fewer of rows so
   // long that their sums could overflow.
   static RowScale prepare(const float* x, int64_t depth, Operand* out) {
-    Vec<float> above{}, below{},
-        none{};  // 0 x is 0 for what is finite, else NaN, which maxima lose
+    // none: 0 x is 0 for what is finite, else NaN, which maxima lose.
+    Vec<float> above{}, below{}, none{};
     for_columns<float>(depth, [&](int64_t k, auto part) {
       const Vec<float> value = load(x + k, part);
       above = maximum<float>(above, value);
