@@ -46,6 +46,12 @@ class AdamW(torch.optim.AdamW):
                     "torch.optim.AdamW(fused=True) is for other devices"
                 )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What a loaded state becomes, whose steps PyTorch counts in torch's default dtype."""
+        super().__setstate__(state)
+        for kept in self.state.values():
+            kept["step"] = kept["step"].float()
+
     def gradient_norm(self) -> float:
         """The 2-norm of all gradients, taken together."""
         gradients = [
@@ -93,7 +99,6 @@ class AdamW(torch.optim.AdamW):
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
             state.update(fresh_state(parameter))
-        state["step"] = state["step"].float()  # PyTorch's is of torch's default dtype
         return state
 
 

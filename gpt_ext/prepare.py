@@ -264,11 +264,10 @@ def begin(out: Path, options: dict[str, Any]) -> Work:
             work = Work(**json.loads(unfinished.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise UserError(f"{unfinished} is damaged: {error}") from None
+        if not work.inputs:  # nothing is done yet that other options could not begin with
+            return Work(options)
         for name, asked in options.items():
             if work.options.get(name) != asked:
-                if not work.inputs:  # nothing is lost
-                    work = Work(options)
-                    break
                 raise UserError(
                     f"{out} was begun with {name} {work.options.get(name)!r}, not {asked!r}: "
                     "remove it, or go on with the same options"

@@ -78,9 +78,10 @@ def save(model: GPT, folder: Path, tokenizer: Tokenizer | None = None) -> None:
 
 def check_eps(model: GPT) -> None:
     """Raises UserError for norms whose eps was changed: no file of a model has a place for it."""
+    default = nn.LayerNorm(1).eps
     for name, module in model.named_modules():
-        eps = getattr(module, "eps", nn.LayerNorm(1).eps)
-        if eps != nn.LayerNorm(1).eps:
+        eps = getattr(module, "eps", default)
+        if eps != default:
             raise UserError(f"{name}.eps is {eps}, which a saved model can't tell")
 
 
