@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -215,6 +216,12 @@ def check_indices(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} has dtype {got}, expected torch.int64")
 
 
+def check_number(name: str, value: Any) -> None:
+    """Raises TypeError for what is no number."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} is {value!r}, expected a number")
+
+
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], dims: str) -> None:
     """Raises ValueError unless the tensor has this shape, which dims says in letters."""
     if tensor.shape != expected:
@@ -228,8 +235,7 @@ def draw_dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
 
     Raises TypeError for a dropout_p that is no number, ValueError for one that is no probability.
     """
-    if not isinstance(dropout_p, int | float):
-        raise TypeError(f"dropout_p is {dropout_p!r}, expected a number")
+    check_number("dropout_p", dropout_p)
     if dropout_p == 0:
         return None
     if not 0 <= dropout_p <= 1:

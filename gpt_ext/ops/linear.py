@@ -137,8 +137,7 @@ def take_norm(operands: Operands, norm: Norm | None, dim: int) -> tuple[Any, Any
     if not isinstance(norm, Norm):
         raise TypeError(f"norm is {type(norm).__name__}, expected a Norm")
     weight, bias, eps = norm
-    if not isinstance(eps, int | float):
-        raise TypeError(f"norm.eps is {eps!r}, expected a number")
+    _functional.check_number("norm.eps", eps)
     weight = operands.take("norm.weight", weight, operands.stream, (dim,), "(d)")
     bias = operands.take("norm.bias", bias, operands.stream, (dim,), "(d)")
     return weight, bias, eps

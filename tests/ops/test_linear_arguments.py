@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,15 @@ def test_what_is_no_number_is_told_as_such() -> None:
         linear(X, W, norm=nn.LayerNorm(X.shape[-1]))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"norm\.eps is 'a', expected a number"):
         linear(X, W, norm=Norm(NW, NB, "a"))  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    half, eps = np.float32(0.5), np.float32(1e-5)
+    results = []
+    for p, e in ((half, eps), (float(half), float(eps))):
+        torch.manual_seed(0)
+        results.append(linear(X, W, norm=Norm(NW, NB, e), dropout_p=p))  # type: ignore[arg-type]
+    assert torch.equal(*results)
 
 
 SEED = torch.tensor([1])
