@@ -59,8 +59,11 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend)
         try:
+            distributed.init_process_group(backend)
+            # A meeting: were the first one to leave now, with an error, it would take along the
+            # store through which others still connect.
+            self.any(False)
             with (
                 open(os.devnull, "w") as nowhere,
                 redirect_stdout(nowhere if self.rank else sys.stdout),
@@ -76,8 +79,9 @@ class World:
                 raise LostProcessError("another process of the job is gone") from error
             raise
         finally:
-            _GROUPS.append(distributed.group.WORLD)
-            distributed.destroy_process_group()
+            if distributed.is_initialized():
+                _GROUPS.append(distributed.group.WORLD)
+                distributed.destroy_process_group()
 
     def spread(self, objective: nn.Module, blocks: nn.ModuleList, parallel: Parallel) -> nn.Module:
         """`objective` as a module whose gradients are means over all processes.
