@@ -23,6 +23,7 @@ from torch import Tensor
 from gpt_ext.errors import UserError
 from gpt_ext.model import GPT, GPTConfig
 from gpt_ext.options import TrainOptions
+from gpt_ext.pretrained import read_folder_config, with_arguments
 from gpt_ext.tokenizer import FILE as TOKENIZER
 from gpt_ext.tokenizer import Tokenizer, load_tokenizer
 
@@ -110,8 +111,10 @@ def read_config(run: Path) -> dict[str, Any]:
     path = run / CONFIG
     if not path.is_file():
         raise UserError(f"{run} is no run: there is no {path}")
+    config = read_folder_config(run)
+    if "model_type" in config:
+        raise UserError(f"{run} is no run: it holds a model alone")
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
         GPTConfig(config["vocab_size"], **config["model"])
         TrainOptions(**config["train"])
         Path(config["data"]), config["data_sha256"]
@@ -134,13 +137,17 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     write_whole(path, save(tensors, metadata={"format": "pt"}))
 
 
-def load_run(run: Path) -> tuple[GPT, Tokenizer]:
-    """The best model of a run, in evaluation mode, and its tokenizer; UserError if damaged."""
+def load_run(run: Path, **arguments: Any) -> tuple[GPT, Tokenizer]:
+    """The best model of a run, in evaluation mode, and its tokenizer; UserError if damaged.
+
+    `arguments` are GPT's, for a run that does not contradict them.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     config = read_config(run)
-    model, tokenizer = GPT(config["vocab_size"], **config["model"]), load_tokenizer(run)
+    told = {"vocab_size": config["vocab_size"], **config["model"]}
+    model, tokenizer = GPT(**with_arguments(told, arguments, run / CONFIG)), load_tokenizer(run)
     path = next((run / name for name in (BEST, LAST) if (run / name).is_file()), None)
     if path is None:
         raise UserError(f"{run} holds no checkpoint yet")

@@ -18,7 +18,7 @@ COMMANDS = {
     "serve": "run or model -> OpenAI's API, and a page to play with",
     "convert": "run or model -> other formats",
     "inspect": "what a run's model takes",
-    "attention": "what the heads of a run's model look at, as a picture",
+    "attention": "run or model -> a picture of what its heads look at",
     "demo": "about a minute, from nothing to text",
     "doctor": "what this installation can do",
 }

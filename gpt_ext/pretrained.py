@@ -37,9 +37,10 @@ class Pretrained:
 
         A folder is what `save_pretrained` writes, a run, or a Hugging Face GPT-2. A file is a state
         dict of any layout that `load_state_dict` knows, as safetensors or as torch.save writes it;
-        `arguments` are those of GPT that such a file does not tell, such as num_heads. Raises
-        UserError where there is no model, where it is of another architecture, and for a file that
-        holds pickled code, which is never run.
+        `arguments` are those of GPT that such a file does not tell, such as num_heads, and dropout,
+        whatever a folder says of it. Raises UserError where there is no model, where it is of
+        another architecture, where a folder contradicts an argument, and for a file that holds
+        pickled code, which is never run.
         """
         return load(Path(path), **arguments)[0]
 
@@ -113,23 +114,37 @@ def load(path: Path, **arguments: Any) -> tuple[GPT, Tokenizer | None]:
         raise UserError(f"{path} does not exist")
     if not path.is_dir():
         return _build(path, read_weights(path), arguments), None
-    config = _read_config(path)
+    config = read_folder_config(path)
     kind = config.pop("model_type", None)
     if kind is None and "model" in config:
         from gpt_ext.checkpoint import load_run
 
-        return load_run(path)
+        return load_run(path, **arguments)
     if kind == MODEL_TYPE:
-        model = _build(path / WEIGHTS, read_weights(path / WEIGHTS), config | arguments)
+        told = with_arguments(config, arguments, path / CONFIG)
+        model = _build(path / WEIGHTS, read_weights(path / WEIGHTS), told)
     elif kind == "gpt2":
         from gpt_ext import gpt2
 
-        told = gpt2.arguments_of(config, path / CONFIG)
-        model = _build(path, gpt2.read_folder(path), told | arguments)
+        told = with_arguments(gpt2.arguments_of(config, path / CONFIG), arguments, path / CONFIG)
+        model = _build(path, gpt2.read_folder(path), told)
     else:
         raise UserError(f"{path / CONFIG} is of model_type {kind!r}, expected gpt_ext or gpt2")
     has_tokenizer = (path / tokenizers.FILE).is_file()
     return model, tokenizers.load_tokenizer(path) if has_tokenizer else None
+
+
+def with_arguments(
+    told: Mapping[str, Any], arguments: Mapping[str, Any], path: Path
+) -> dict[str, Any]:
+    """GPT's arguments that the file at `path` tells, and others; UserError where they contradict.
+
+    Dropout may be another one: weights are not made for it.
+    """
+    for name, value in arguments.items():
+        if name != "dropout" and told.get(name, value) != value:
+            raise UserError(f"{path} says that {name} is {told[name]!r}, got {value!r}")
+    return {**told, **arguments}
 
 
 def load_with_tokenizer(path: Path) -> tuple[GPT, Tokenizer]:
@@ -143,7 +158,8 @@ def load_with_tokenizer(path: Path) -> tuple[GPT, Tokenizer]:
     return model, tokenizer
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_folder_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder; UserError where there is none or where it is damaged."""
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"{folder} holds no model: there is no {path}")

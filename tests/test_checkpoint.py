@@ -186,3 +186,6 @@ def test_what_is_no_run_is_told(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(UserError, match="is no run"):
             checkpoint.load_run(path)
+    GPT(5, **MODEL).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is no run: it holds a model alone"):
+        checkpoint.load_run(tmp_path)

@@ -208,9 +208,10 @@ def test_train_says_what_it_needs(
         f"{run} exists already; to go on with it: gpt-ext train --resume {run}",
     )
     assert_one_error(gpt_ext("train", "--resume", run), "has done all its 40 steps")
-    assert_one_error(
-        gpt_ext("train", "--resume", run, "--steps", "80"), "takes its options from the run"
-    )
+    for steps in ("80", str(TrainOptions().steps)):
+        assert_one_error(
+            gpt_ext("train", "--resume", run, "--steps", steps), "takes its options from the run"
+        )
     assert_one_error(gpt_ext("train", "--resume", tmp_path), "is no run")
     assert_one_error(gpt_ext("train", "--data", text, "--out", text), "exists already, and is no")
     device = gpt_ext("train", "--data", text, "--out", tmp_path / "new", "--device", "meta")
@@ -247,7 +248,12 @@ def test_attention_is_drawn(
     result = gpt_ext("attention", trained[0], "The king", "--out", picture)
     assert result.returncode == 0, result.stderr
     assert (result.stdout, result.stderr) == (f"drawn: {picture}\n", "")
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    drawn = picture.read_bytes()
+    assert drawn.startswith(b"\x89PNG")
+    model = tmp_path / "model"
+    assert gpt_ext("convert", trained[0], model).returncode == 0
+    assert gpt_ext("attention", model, "The king", "--out", picture).returncode == 0
+    assert picture.read_bytes() == drawn
 
 
 @pytest.mark.parametrize(

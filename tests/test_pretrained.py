@@ -305,6 +305,15 @@ def test_a_saved_model_comes_back(tmp_path: Path, activation: Any, qkv_bias: boo
     assert stored.keys() == model.state_dict().keys()
 
 
+def test_a_folder_is_not_contradicted_but_in_dropout(tmp_path: Path) -> None:
+    GPT(**SIZES, dropout=0.5).save_pretrained(tmp_path / "ours")
+    hugging_face().save_pretrained(tmp_path / "theirs")
+    for folder in (tmp_path / "ours", tmp_path / "theirs"):
+        assert GPT.from_pretrained(folder, dropout=0.75, num_blocks=3).config.dropout == 0.75
+        with pytest.raises(UserError, match=r"config\.json says that num_blocks is 3, got 7"):
+            GPT.from_pretrained(folder, num_blocks=7)
+
+
 def test_a_model_with_shared_weights_comes_back(tmp_path: Path) -> None:
     model = shaken(GPT(**SIZES))
     model.vocab_projection.weight, model.blocks[1] = model.token_embedding.weight, model.blocks[0]

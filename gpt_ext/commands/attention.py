@@ -1,11 +1,11 @@
-"""`gpt-ext attention`: what each head of a run's model looks at."""
+"""`gpt-ext attention`: what each head of a model looks at."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from gpt_ext import checkpoint
+from gpt_ext import pretrained
 from gpt_ext.commands import Parser
 from gpt_ext.errors import UserError
 from gpt_ext.plots import attention_weights, draw_attention
@@ -13,7 +13,7 @@ from gpt_ext.plots import attention_weights, draw_attention
 
 def parser() -> Parser:
     parser = Parser(description=run.__doc__)
-    parser.add_argument("run", type=str, help="the folder of a run")
+    parser.add_argument("run", type=str, help="the folder of a run, or of a model")
     parser.add_argument("text", type=str, help="what the model reads")
     parser.add_argument("--out", type=str, default="attention.png", help="the picture")
     return parser
@@ -21,7 +21,7 @@ def parser() -> Parser:
 
 def run(options: Any) -> int:
     """Draws the attention of each layer and head over a text, as a PNG."""
-    model, tokenizer = checkpoint.load_run(Path(options.run))
+    model, tokenizer = pretrained.load_with_tokenizer(Path(options.run))
     try:
         tokens = tokenizer.encode(options.text)
         weights = attention_weights(model, tokens)

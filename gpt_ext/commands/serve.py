@@ -78,7 +78,10 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(app: Starlette, host: str, port: int, grace: float) -> int:
-    """Serves until SIGTERM or Ctrl-C; what is under way then has `grace` seconds to finish."""
+    """Serves until SIGTERM or Ctrl-C; what is under way then has `grace` seconds to finish.
+
+    A second of these ends the grace.
+    """
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -87,14 +90,15 @@ def listen(app: Starlette, host: str, port: int, grace: float) -> int:
         leave_by: float | None = None
 
         def handle_exit(self, sig: int, frame: Any) -> None:
-            if self.leave_by is not None:
-                super().handle_exit(sig, frame)
-            self.leave_by = time.monotonic() + grace
+            now = time.monotonic()
+            self.leave_by = now + grace if self.leave_by is None else now
             app.state.scheduler.closing = True
 
         async def on_tick(self, counter: int) -> bool:
-            if self.leave_by is not None and not self.should_exit:
-                self.should_exit = app.state.scheduler.idle or time.monotonic() > self.leave_by
+            if self.leave_by is not None:
+                if time.monotonic() > self.leave_by:
+                    app.state.scheduler.end()
+                self.should_exit = app.state.scheduler.idle
             return await super().on_tick(counter)
 
         async def startup(self, sockets: Any = None) -> None:

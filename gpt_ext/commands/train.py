@@ -24,15 +24,22 @@ from gpt_ext.plots import draw_curves
 
 
 class _Parser(Parser):
-    """Reads the options of the file of --config first, as if they stood before all others."""
+    """Reads the options of the file of --config first, as if they stood before all others.
+
+    UserError where others stand beside --resume.
+    """
 
     def parse_args(self, words: Sequence[str]) -> Any:  # type: ignore[override]
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--config", nargs="?")
-        config = first.parse_known_args(words)[0].config
-        read = {} if config is None else read_config(Path(config))
+        first.add_argument("--resume", nargs="?")
+        found, others = first.parse_known_args(words)
+        read = {} if found.config is None else read_config(Path(found.config))
         before = [f"--{name.replace('_', '-')}={_word(value)}" for name, value in read.items()]
-        return super().parse_args([*before, *words])
+        options = super().parse_args([*before, *words])
+        if found.resume is not None and (others or found.config is not None):
+            raise UserError("--resume RUN takes its options from the run: give no other")
+        return options
 
 
 def _word(value: object) -> str:
@@ -56,15 +63,13 @@ def parser() -> Parser:
 
 
 def run(options: Any) -> int:
-    model, training = picked(ModelOptions, options), picked(TrainOptions, options)
     if options.resume is None:
         if options.data is None or options.out is None:
             raise UserError("train needs --data PATH and --out RUN, or --resume RUN")
+        model, training = picked(ModelOptions, options), picked(TrainOptions, options)
         run, world = Path(options.out), World(training.device)
         begin = partial(train.start, Path(options.data), run, model, training, world)
     else:
-        if options.data or options.out or model != ModelOptions() or training != TrainOptions():
-            raise UserError("--resume RUN takes its options from the run: give no other")
         run = Path(options.resume)
         world = World(checkpoint.read_config(run)["train"]["device"])
         begin = partial(train.resume, run, world)

@@ -98,11 +98,15 @@ class Scheduler:
     def idle(self) -> bool:
         return not self.waiting and not self.running
 
-    def stop(self) -> None:
-        """Ends the thread; what still waits or is written ends with an error."""
+    def end(self) -> None:
+        """Lets the thread end: what still waits or is written does so with an error."""
         with self._changed:
             self.closing = self._ended = True
             self._changed.notify()
+
+    def stop(self) -> None:
+        """Ends the thread, and waits for that."""
+        self.end()
         self._thread.join()
 
     def _run(self) -> None:

@@ -290,11 +290,17 @@ def test_sigterm_lets_what_is_under_way_finish_and_begins_nothing(run: Path) -> 
 
 def test_after_the_grace_the_rest_is_ended(run: Path) -> None:
     server = Server(run, "--max-tokens", "100000000", "--grace", "0.3")
-    with ThreadPoolExecutor(1) as clients:
+    with ThreadPoolExecutor(2) as clients:
         first = clients.submit(server.complete, max_tokens=100_000_000)
         wait_until(lambda: server.running() == 1, 5)
-        assert server.stop()[0] == 0
-        first.exception()
+        stream = clients.submit(server.complete, max_tokens=100_000_000, stream=True)
+        wait_until(lambda: server.running() == 2, 5)
+        assert server.stop() == (0, "")
+        status, answer = first.result()
+        assert (status, answer["error"]["message"]) == (500, "the engine failed or was stopped")
+        status, text = stream.result()
+        assert status == 200
+        assert text.rstrip().splitlines()[-1].startswith('data: {"error": {"message": "the engine')
 
 
 @pytest.mark.parametrize(
