@@ -40,9 +40,10 @@ Sum row_loss(Product* z, int64_t vocab, int64_t target, Sum scale) {
   };
   const Sum sum = row_sum<Sum>(vocab, exponential);
   const Sum factor = scale / sum;
+  // Before it is rounded: next to 1 a probability in bfloat16 is 1, or far from what is left of it.
+  const Vec<Sum> at_target = exponential(target, int64_t{1}) * factor - scale;
   for_columns<Sum>(
       vocab, [&](int64_t j, auto part) { store(z + j, exponential(j, part) * factor, part); });
-  const Vec<Sum> at_target = load(z + target, 1) - scale;
   store(z + target, at_target, 1);
   return max + std::log(sum) - target_logit;
 }

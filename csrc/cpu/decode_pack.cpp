@@ -21,6 +21,16 @@ struct Header {
 };
 constexpr char kMagic[8] = {'g', 'p', 't', 'p', 'a', 'c', 'k', '3'};
 
+void check_model(const DecodeModel& m) {
+  check(m.vocab > 0 && m.context > 0 && m.dim > 0 && m.hidden > 0 && m.blocks >= 0,
+        "vocabulary, context, width, hidden width and blocks are ", m.vocab, ", ", m.context, ", ",
+        m.dim, ", ", m.hidden, " and ", m.blocks, ", expected at least 1 of all but blocks");
+  check(m.heads >= 1 && m.dim % m.heads == 0, "heads is ", m.heads, ", expected a divisor of ",
+        m.dim);
+  check(m.activation >= Activation::kRelu && m.activation <= Activation::kGeluTanh,
+        "unknown activation");
+}
+
 // Elements of k side by side in a panel, bytes each, and the steps that a panel has whole units of.
 struct Element {
   int64_t depth, bytes, unit;
@@ -172,6 +182,7 @@ PackedBlock PackedModel::block(int64_t index) const {
 }  // namespace cpu
 
 int64_t decode_pack_bytes(Cpu, const DecodeModel& model) {
+  cpu::check_model(model);
   return cpu::PackedModel(model, nullptr).bytes();
 }
 
@@ -204,11 +215,17 @@ void decode_pack(Cpu, const DecodePack& p) {
 
 DecodeModel decode_packed_model(Cpu, DecodeBytes pack) {
   using namespace cpu;
-  const bool whole = pack.count >= static_cast<int64_t>(sizeof(Header)) &&
-                     std::memcmp(pack.data, kMagic, sizeof kMagic) == 0 &&
-                     pack.count == PackedModel(pack.data).bytes();
-  check(whole, "pack is no pack of a decoder's weights, which decode_pack makes");
-  return static_cast<const Header*>(pack.data)->model;
+  const auto expect = [](bool holds) {
+    check(holds, "pack is no pack of a decoder's weights, which decode_pack makes");
+  };
+  expect(pack.count >= static_cast<int64_t>(sizeof(Header)) &&
+         std::memcmp(pack.data, kMagic, sizeof kMagic) == 0);
+  const DecodeModel& m = static_cast<const Header*>(pack.data)->model;
+  check_model(m);
+  // Where no side is larger than the pack, its bytes can be counted.
+  expect(std::max({m.vocab, m.context, m.dim, m.hidden, m.blocks}) <= pack.count);
+  expect(pack.count == PackedModel(pack.data).bytes());
+  return m;
 }
 
 }  // namespace gpt_ext

@@ -35,11 +35,16 @@ RowStatistics<Sum> row_statistics(const Storage* row, int64_t columns, double ep
   const Sum count = static_cast<Sum>(columns);
   const Sum mean =
       row_sum<Sum>(columns, [&](int64_t j, auto part) { return load(row + j, part); }) / count;
-  const Sum squares = row_sum<Sum>(columns, [&](int64_t j, auto part) {
-    const Vec<Sum> centred = load(row + j, part) - mean;
-    return keep_part<Sum>(centred * centred, part);
+  // What the mean was rounded by is the mean of what is left: of a constant row, all of it.
+  Vec<Sum> rests{}, squares{};
+  for_columns<Sum>(columns, [&](int64_t j, auto part) {
+    const Vec<Sum> centred = keep_part<Sum>(load(row + j, part) - mean, part);
+    rests += centred;
+    squares += centred * centred;
   });
-  return {mean, 1 / std::sqrt(squares / count + static_cast<Sum>(eps))};
+  const Sum rest = reduce_sum<Sum>(rests) / count;
+  const Sum variance = std::max(reduce_sum<Sum>(squares) / count - rest * rest, Sum(0));
+  return {mean + rest, 1 / std::sqrt(variance + static_cast<Sum>(eps))};
 }
 
 // mean and rstd of rows [first, first + rows) of x (., columns).

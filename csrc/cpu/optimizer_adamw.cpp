@@ -27,8 +27,9 @@ void step_of_run(const OptimizerAdamW& p, const AdamWTensor& t, int64_t begin, i
   const auto eps = static_cast<Sum>(c * p.eps);
   const auto kept = static_cast<Sum>(1 - p.learning_rate * p.weight_decay);
   const auto scale = static_cast<Sum>(p.gradient_scale);
-  const auto beta2 = static_cast<Sum>(p.beta2);
+  const auto beta1 = static_cast<Sum>(p.beta1), beta2 = static_cast<Sum>(p.beta2);
   const auto new1 = static_cast<Sum>(1 - p.beta1), new2 = static_cast<Sum>(1 - p.beta2);
+  const bool mostly_new = p.beta1 <= 0.5;  // from the nearer one, whose digits all count
   auto* parameter = static_cast<Storage*>(t.parameter) + begin;
   auto* average = static_cast<Storage*>(t.average) + begin;
   auto* square = static_cast<Storage*>(t.square) + begin;
@@ -36,7 +37,7 @@ void step_of_run(const OptimizerAdamW& p, const AdamWTensor& t, int64_t begin, i
   for_columns<Sum>(end - begin, [&](int64_t j, auto part) {
     const Vec<Sum> g = load(gradient + j, part) * scale;
     Vec<Sum> a = load(average + j, part), s = load(square + j, part);
-    a += new1 * (g - a);
+    a = mostly_new ? g - beta1 * (g - a) : a + new1 * (g - a);
     s = beta2 * s + new2 * g * g;
     store(average + j, a, part);
     store(square + j, s, part);

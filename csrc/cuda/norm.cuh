@@ -44,7 +44,7 @@ __device__ Acc row_total(int64_t columns, F&& f) {
 
 // y = norm(x), its rows `pitch` apart and zero where they are longer. Where the statistics are not
 // taken yet, they are first, and kept: the mean, then the deviations from it, for the mean of
-// squares would lose their digits.
+// squares would lose their digits; their mean is what the mean was rounded by.
 template <class Stream, class Product>
 __global__ void __launch_bounds__(kRowThreads)
     normalize_kernel(Product* y, int64_t pitch, const Stream* x, const Norm<Stream> norm,
@@ -58,13 +58,17 @@ __global__ void __launch_bounds__(kRowThreads)
     mean = norm.mean[row], rstd = norm.rstd[row];
   } else {
     mean = row_total<Acc>(columns, [&](int64_t i) { return static_cast<Acc>(in[i]); }) / columns;
-    const Acc variance = row_total<Acc>(columns,
-                                        [&](int64_t i) {
-                                          const Acc centred = static_cast<Acc>(in[i]) - mean;
-                                          return centred * centred;
-                                        }) /
-                         columns;
-    rstd = 1 / sqrt(variance + norm.eps);
+    Acc squares = 0;
+    const Acc rest = row_total<Acc>(columns,
+                                    [&](int64_t i) {
+                                      const Acc centred = static_cast<Acc>(in[i]) - mean;
+                                      squares += centred * centred;
+                                      return centred;
+                                    }) /
+                     columns;
+    const Acc variance = warp_sum(squares) / columns - rest * rest;
+    mean += rest;
+    rstd = 1 / sqrt((variance < 0 ? 0 : variance) + norm.eps);
     if (lane() == 0) norm.mean[row] = mean, norm.rstd[row] = rstd;
   }
   for (int64_t i = lane(); i < pitch; i += kWarpSize) {

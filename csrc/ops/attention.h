@@ -30,7 +30,7 @@ struct AttentionForward {
 
 struct AttentionBackward {
   Heads dq, dk, dv;
-  void* delta;  // scratch (B, H, T) contiguous, accumulation type: sum_d dout_id out_id
+  void* delta;  // scratch of CUDA (B, H, T) contiguous, accumulation type; unused on CPUs
   ConstHeads dout, q, k, v, out;
   const void* lse;  // what forward saved
   AttentionProblem problem;

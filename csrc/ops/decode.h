@@ -72,7 +72,8 @@ struct DecodeRows {
 };
 
 // Takes the rows through blocks [first_block, end_block), which fills the cache. Calls for runs of
-// blocks, one after the other, give what one call for all blocks gives.
+// blocks, one after the other, give what one call for all blocks gives. Of the model's last block
+// only keys and values are made: x stays what went into it.
 struct DecodeForward {
   float* x;  // (rows, C') the residual stream; set from the embeddings where first_block == 0
   const void* pack;

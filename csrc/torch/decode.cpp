@@ -40,17 +40,18 @@ Tensor pack(const std::vector<Tensor>& weights, int64_t heads, int64_t activatio
   check_rank(weights[0], "weights[0]", 2, "(V, C)");
   check_rank(weights[1], "weights[1]", 2, "(T, C)");
   const int64_t vocab = weights[0].size(0), c = weights[0].size(1), context = weights[1].size(0);
-  int64_t hidden = 0;
+  int64_t hidden = 1;  // of no block: any
   if (blocks > 0) {
     check_rank(weights[kModelWeights + 8], "weights[14]", 2, "(h, C)");
     hidden = weights[kModelWeights + 8].size(0);
   }
-  check(vocab > 0 && context > 0 && c > 0, "vocabulary, context and width are ", vocab, ", ",
-        context, " and ", c, ", expected at least 1 of each");
-  check(heads >= 1 && c % heads == 0, "heads is ", heads, ", expected a divisor of ", c);
   const Activation checked = checked_activation(activation);
   check(0 <= format && format <= static_cast<int64_t>(WeightFormat::kInt8), "format is ", format,
         ", expected 0 (float32), 1 (bfloat16) or 2 (int8)");
+  const DecodeModel model{vocab,   context, c,       blocks,
+                          heads,   hidden,  checked, static_cast<WeightFormat>(format),
+                          norm_eps};
+  const int64_t bytes = decode_pack_bytes(Cpu{}, model);
 
   std::vector<DecodeBlockWeights> block_weights;
   for (size_t i = kModelWeights; i < weights.size(); i += kBlockWeights) {
@@ -68,10 +69,7 @@ Tensor pack(const std::vector<Tensor>& weights, int64_t heads, int64_t activatio
                              .down_weight = at(10, {c, hidden}),
                              .down_bias = at(11, {c})});
   }
-  const DecodeModel model{vocab,   context, c,       blocks,
-                          heads,   hidden,  checked, static_cast<WeightFormat>(format),
-                          norm_eps};
-  Tensor packed = new_empty(weights[0], {decode_pack_bytes(Cpu{}, model)}, ScalarType::Byte);
+  Tensor packed = new_empty(weights[0], {bytes}, ScalarType::Byte);
   decode_pack(cpu(), {.pack = packed.mutable_data_ptr(),
                       .model = model,
                       .weights = {.token_embedding = weight(weights, 0, {vocab, c}),

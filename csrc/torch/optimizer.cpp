@@ -17,9 +17,8 @@ void* operand(const Tensors& tensors, const char* name, size_t i, const Tensor& 
   return tensors[i].mutable_data_ptr();
 }
 
-// The dtype of them all; of none at all, any.
+// The dtype of them all: one at least, or torch would know no kernel to call.
 DType common_dtype(const Tensors& tensors, const char* name) {
-  if (tensors.empty()) return DType::kFloat32;
   for (size_t i = 0; i < tensors.size(); ++i) {
     check_operand(tensors[i], item(name, i).c_str(), tensors[0], tensors[0].scalar_type(),
                   shape_of(tensors[i]));  // of any shape

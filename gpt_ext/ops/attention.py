@@ -119,6 +119,8 @@ def _call(name: str, inputs: Sequence[Tensor], scale: float | None, dropout_p: f
         raise ValueError(f"{name} has head size D = {dim}, expected 1 to {MAX_HEAD_DIM}")
     if scale is None:
         scale = dim**-0.5
+    else:
+        _functional.check_number("scale", scale)
     seed = _functional.draw_dropout_seed(dropout_p, first.device)
     if _functional.transforms_active():
         return _plain_attention(*_heads(inputs), scale, dropout_p, seed)

@@ -131,6 +131,8 @@ def cross_entropy(
         bias = operands.take("bias", bias, operands.stream, (vocab_size,), "(V)")
     norm_weight, norm_bias, norm_eps = take_norm(operands, norm, dim)
     _functional.check_indices("targets", targets)
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index is {ignore_index!r}, expected an integer")
     targets = operands.take("targets", targets, torch.int64, x.shape[:-1], "x's leading dims")
 
     tensors = x, weight, bias, norm_weight, norm_bias

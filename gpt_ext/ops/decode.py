@@ -102,8 +102,9 @@ def generate(
     How tokens are drawn is told by a number for all sequences, or by a tensor (B), one a sequence.
     noise (steps, B, V) is drawn from Exp(1), seen (B, V) uint8 marks the tokens that the penalty
     is for, stop (S) int64 ends a sequence. Returns tokens (steps, B), -1 where a sequence has ended
-    or has no row, and the logits (finals, V) before the last token drawn. Where texts `slide`, rows
-    are whole texts, which each step takes anew, without the first token and with the one drawn.
+    or has no row, and the logits before the last token drawn, (finals, V') of which V count. Where
+    texts `slide`, rows are whole texts, which each step takes anew, without the first token and
+    with the one drawn.
     """
     sampling = torch.empty(cache.keys.shape[1], 4, dtype=torch.float64, device="cpu")
     for column, value in enumerate((repetition_penalty, temperature, top_k, top_p)):

@@ -41,7 +41,8 @@ def _plain_embedding(tokens: Tensor, weight: Tensor, positions: Tensor) -> Tenso
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens, weight, positions)
+        ctx.save_for_backward(tokens)
+        ctx.shapes = weight.shape, positions.shape
         ctx.set_materialize_grads(False)
         return _FORWARD(tokens, weight, positions)
 
@@ -49,20 +50,20 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
         if dout is None:
             return None, None, None
-        arguments, wanted = ctx.saved_tensors, ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            return _functional.differentiate(_plain_embedding, arguments, wanted, dout)
-        tokens, weight, _ = arguments
-        grads = _BACKWARD(dout.contiguous(), tokens, weight.shape[0], wanted[1:])
+        (tokens,), wanted = ctx.saved_tensors, ctx.needs_input_grad
+        if torch.is_grad_enabled():  # it is linear: gradients are the same at zeros
+            tables = (dout.new_zeros(shape) for shape in ctx.shapes)
+            return _functional.differentiate(_plain_embedding, (tokens, *tables), wanted, dout)
+        grads = _BACKWARD(dout.contiguous(), tokens, ctx.shapes[0][0], wanted[1:])
         return None, *_functional.wanted_only(grads, wanted[1:])
 
 
 def embedding(tokens: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
     """weight[tokens] + positions: the input of a decoder's first block.
 
-    Backward sums in the accumulation type, each row's terms in order, and is deterministic, bit for
-    bit. Under torch.func transforms, forward-mode AD and in double backward, plain PyTorch with the
-    same result takes its place.
+    Backward sums in the accumulation type, each row's terms in one order, and is deterministic, bit
+    for bit. Under torch.func transforms, forward-mode AD and in double backward, plain PyTorch with
+    the same result takes its place.
 
     Args:
         tokens: (B, T), int64, each in [0, V).

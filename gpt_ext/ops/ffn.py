@@ -174,6 +174,7 @@ def feed_forward(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    _functional.check_number("dropout_p", dropout_p)
     if norm is None and dropout_p != 0:
         raise ValueError(f"dropout_p is {dropout_p}, expected 0 without a norm")
     operands = _functional.operands_like("w1", w1)

@@ -6,6 +6,7 @@ torch.ops.gpt_ext.linear_forward and linear_backward.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -138,6 +139,8 @@ def take_norm(operands: Operands, norm: Norm | None, dim: int) -> tuple[Any, Any
         raise TypeError(f"norm is {type(norm).__name__}, expected a Norm")
     weight, bias, eps = norm
     _functional.check_number("norm.eps", eps)
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"norm.eps is {eps}, expected finite and not negative")
     weight = operands.take("norm.weight", weight, operands.stream, (dim,), "(d)")
     bias = operands.take("norm.bias", bias, operands.stream, (dim,), "(d)")
     return weight, bias, eps

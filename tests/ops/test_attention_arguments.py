@@ -26,6 +26,7 @@ WRONG = {
     "v's rank": ((X, X, X[0]), {}, ValueError, r"v has shape \(5, 3, 4\)"),
     "head size 0": ((X[..., :0],) * 3, {}, ValueError, "head size D = 0, expected 1 to 256"),
     "head size 257": ((torch.ones(1, 2, 1, 257),) * 3, {}, ValueError, "D = 257, expected 1 to"),
+    "scale": ((X, X, X), {"scale": X[0, 0, 0, 0]}, TypeError, "scale is tensor.*, expected a numb"),
     "dropout -0.1": ((X, X, X), {"dropout_p": -0.1}, ValueError, "dropout_p is -0.1, expected 0"),
     "dropout 1.1": ((X, X, X), {"dropout_p": 1.1}, ValueError, "dropout_p is 1.1, expected 0 to 1"),
     "dropout nan": ((X, X, X), {"dropout_p": float("nan")}, ValueError, "dropout_p is nan"),

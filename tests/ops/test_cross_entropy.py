@@ -87,6 +87,21 @@ def test_values_and_gradients(mode: str, with_norm: bool, backend: str) -> None:
         assert_as_good_as_torch(["loss", *NAMES[: len(inputs)]], our, torchs, expected, narrow)
 
 
+@pytest.mark.parametrize("rows", [64, 100])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_gradient_of_a_model_that_is_all_but_sure(mode: str, rows: int, backend: str) -> None:
+    inputs, _ = make((rows,), 4, 5, backend, MODES[mode])
+    inputs, targets = inputs[:3], torch.zeros(rows, dtype=torch.int64, device=backend)
+    inputs[0], inputs[1] = inputs[0] / 8, inputs[1] / 8
+    inputs[2][0] = 6  # above the others: by 0.002 it is not sure
+    with autocast_of(mode, backend):
+        one = torch.ones_like(eager(targets, *inputs))
+        our = reference.with_gradients(of(ours, targets), inputs, one)
+        torchs = reference.with_gradients(of(eager, targets), inputs, one)
+    expected = reference.exact(of(exact, targets), inputs, one)
+    assert_as_good_as_torch(["loss", *NAMES[:3]], our, torchs, expected)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_the_loss_is_of_the_accumulation_type(mode: str, device: str) -> None:
     inputs, targets = make((4,), 6, 9, device, MODES[mode])
@@ -246,6 +261,7 @@ GOOD = {"x": X, "weight": W, "bias": B, "targets": TARGETS}
 WRONG = {
     "no tensor": ({"targets": [1]}, TypeError, "targets has dtype list, expected torch.int64"),
     "int32": ({"targets": TARGETS.int()}, TypeError, "targets has dtype torch.int32, expected tor"),
+    "ignored": ({"ignore_index": 1.5}, TypeError, "ignore_index is 1.5, expected an integer"),
     "targets": ({"targets": TARGETS[1:]}, ValueError, r"targets .*\(3,\), expected .* = \(4,\)"),
     "mixed": ({"bias": B.double()}, TypeError, "bias has dtype torch.float64, .*float32 as weight"),
     "weight": ({"weight": B}, ValueError, r"weight has shape \(5,\), expected \(V, d\)"),

@@ -253,6 +253,16 @@ def rows_with(place: tuple[int, int], value: int) -> Tensor:
 MIXED = decode.Cache(Model().cache(2).keys, Model().cache(2, "int8").values)
 
 
+def damaged(**changes: int) -> Tensor:
+    """A pack whose header says something else of the model: csrc/ops/decode.h has its order."""
+    pack = Model().packed().clone()
+    header = pack[8:72].view(torch.int64)
+    for name, value in changes.items():
+        place = ["vocab", "context", "dim", "blocks", "heads", "hidden", "activation"].index(name)
+        header[place] = value  # the activation and, above it, the format: 32 bits each
+    return pack
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -278,6 +288,10 @@ MIXED = decode.Cache(Model().cache(2).keys, Model().cache(2, "int8").values)
         ({"temperature": 1.0, "noise": torch.ones(1, 2, 36)}, "noise has shape"),
         ({"packed": torch.zeros(99, dtype=torch.uint8)}, "pack is no pack"),
         ({"packed": Model().packed()[:-1]}, "pack is no pack"),
+        ({"packed": damaged(heads=0)}, "heads is 0, expected a divisor of 42"),
+        ({"packed": damaged(hidden=0)}, "hidden width and blocks are 37, .* expected at least 1"),
+        ({"packed": damaged(hidden=2**62)}, "pack is no pack"),
+        ({"packed": damaged(activation=7)}, "unknown activation"),
         ({"cache": Model(dim=51).cache(2)}, "keys has shape"),
         ({"cache": MIXED}, "values has dtype BFloat16, expected Float"),
     ],

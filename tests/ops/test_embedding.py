@@ -37,6 +37,16 @@ def results(tokens: Tensor, tables: list[Tensor], dout: Tensor) -> list[Tensor]:
     return reference.with_gradients(lambda *t: embedding(tokens, *t), tables, dout)
 
 
+def test_tables_may_change_before_backward(backend: str) -> None:
+    tokens, (weight, positions) = make(2, 3, 50, 7, backend)
+    weight.requires_grad_()
+    out = embedding(tokens, weight, positions)
+    positions.add_(1)
+    (dweight,) = torch.autograd.grad(out.sum(), weight)
+    counts = torch.bincount(tokens.flatten(), minlength=50).float()
+    torch.testing.assert_close(dweight, counts[:, None].expand(50, 7))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_values_and_gradients(mode: str, device: str) -> None:
     for sizes in SIZES:

@@ -48,6 +48,8 @@ def test_unknown_activation() -> None:
 
 
 def test_dropout_needs_a_norm() -> None:
+    with pytest.raises(TypeError, match="dropout_p is 'x', expected a number"):
+        feed_forward(*INPUTS, dropout_p="x")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"dropout_p is 0\.1, expected 0 without a norm"):
         feed_forward(*INPUTS, dropout_p=0.1)
 

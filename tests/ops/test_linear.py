@@ -169,6 +169,14 @@ def test_a_norm_far_from_zero_keeps_its_digits(backend: str) -> None:
     )
 
 
+@pytest.mark.parametrize("value", [3.3, 1000.1])
+@pytest.mark.parametrize("d", [33, 252, 768])
+def test_a_norm_of_equal_numbers_is_zero(value: float, d: int, backend: str) -> None:
+    x, weight = torch.full((2, d), value, device=backend), torch.eye(d, device=backend)
+    norm = Norm(torch.ones(d, device=backend), torch.zeros(d, device=backend))
+    torch.testing.assert_close(linear(x, weight, norm=norm), torch.zeros_like(x))
+
+
 @pytest.mark.parametrize("eps", [0.0, 1e-5, 0.5])
 def test_eps_is_the_norms(eps: float, backend: str) -> None:
     x, weight = torch.randn(5, 12, device=backend), torch.eye(12, device=backend)

@@ -62,6 +62,12 @@ def test_what_is_no_number_is_told_as_such() -> None:
         linear(X, W, norm=Norm(NW, NB, "a"))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("eps", [-1.0, float("nan"), float("inf")])
+def test_an_eps_that_is_none_is_told(eps: float) -> None:
+    with pytest.raises(ValueError, match=rf"norm\.eps is {eps}, expected finite and not negative"):
+        linear(X, W, norm=Norm(NW, NB, eps))
+
+
 def test_numbers_of_numpy_are_numbers() -> None:
     half, eps = np.float32(0.5), np.float32(1e-5)
     results = []

@@ -72,6 +72,19 @@ def assert_like_torch(ours: list[Tensor], torchs: list[Tensor], exact: list[Tens
     assert_as_good_as_torch(["parameters", "averages", "squares"], *results)
 
 
+@pytest.mark.parametrize("beta1", [0.0, 0.3])
+def test_a_small_gradient_after_a_large_one(beta1: float) -> None:
+    averages = []
+    for kind in (AdamW, torch.optim.AdamW):
+        parameter = nn.Parameter(torch.zeros(19))
+        adamw: Any = kind([parameter], betas=(beta1, 0.9))
+        for gradient in (1e4, 1e-4):
+            parameter.grad = torch.full((19,), gradient)
+            adamw.step()
+        averages.append(adamw.state[parameter]["exp_avg"])
+    torch.testing.assert_close(*averages)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("steps", [1, 3])
 def test_steps(dtype: torch.dtype, steps: int) -> None:
