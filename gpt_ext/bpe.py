@@ -5,14 +5,14 @@ from __future__ import annotations
 import base64
 import importlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpt_ext.errors import UserError
-from gpt_ext.tokenizer import byte_stream, checked_ids
+from gpt_ext.tokenizer import TextOf, byte_stream, checked_ids
 
 END = "<|endoftext|>"  # what GPT-2 calls the token after each document
 
@@ -81,9 +81,20 @@ class BPETokenizer:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=False)
         return text
 
-    def stream(self) -> Callable[[int], str]:
+    def stream(self) -> TextOf:
         decoder = _library("tokenizers").decoders.DecodeStream(skip_special_tokens=False)
-        return lambda token: decoder.step(self._tokenizer, token) or ""
+        waiting: list[int] = []  # tokens since the last that completed a character
+
+        def text_of(token: int | None) -> str:
+            if token is None:
+                return self.decode(waiting)
+            text: str = decoder.step(self._tokenizer, token) or ""
+            waiting.append(token)
+            if text:
+                waiting.clear()
+            return text
+
+        return text_of
 
     def unknown(self, characters: set[str]) -> set[str]:
         """Those that the vocabulary drops, or has only its token for unknown things for.
@@ -154,7 +165,7 @@ class Tiktoken:
         tokens = checked_ids(ids, len(self))
         return b"".join(map(self._bytes, tokens)).decode("utf-8", "replace")
 
-    def stream(self) -> Callable[[int], str]:
+    def stream(self) -> TextOf:
         return byte_stream(self._bytes)
 
     def unknown(self, characters: set[str]) -> set[str]:

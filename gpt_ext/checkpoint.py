@@ -12,9 +12,11 @@ tensorboard/         the same for TensorBoard, if asked for
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,25 @@ def create_run(run: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> No
         if not existed:
             run.rmdir()
         raise
+
+
+@contextmanager
+def claimed(run: Path) -> Iterator[None]:
+    """A run that no other process trains meanwhile; UserError where one does.
+
+    Where the file system has no locks, nobody is kept out.
+    """
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process trains in {run}") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(folder)
 
 
 def read_config(run: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,34 +57,46 @@ class Piece(NamedTuple):
     column: int
 
 
-def list_sources(inputs: Sequence[Path], form: Form, text_key: str, line_end: str) -> list[Source]:
-    """The files, and those in folders by their names, hidden ones left out.
+def list_sources(
+    inputs: Sequence[Path], form: Form, text_key: str, line_end: str, without: Path
+) -> list[Source]:
+    """The files, and those in folders by their names: hidden ones, and `without`, are left out.
 
     With the form "auto", a file is of JSON lines if its name ends in .jsonl. UserError where a path
-    does not exist or a folder holds no file.
+    does not exist or is a pipe, and where a folder holds no file.
     """
     files: list[Path] = []
     for path in inputs:
-        if path.is_dir():
-            inside = [
-                file
-                for file in sorted(path.rglob("*"))
-                if file.is_file()
-                and not any(part.startswith(".") for part in file.relative_to(path).parts)
-            ]
-            if not inside:
-                raise UserError(f"{path} holds no files")
-            files += inside
-        elif path.exists():
-            files.append(path)
-        else:
-            raise UserError(f"{path} does not exist")
+        found = files_in(path, without) if path.is_dir() else [path]
+        if not found:
+            raise UserError(f"{path} holds no files")
+        for file in found:
+            if not file.exists():
+                raise UserError(f"{file} does not exist")
+            if file.is_fifo():
+                raise UserError(f"{file} is a pipe: as - it is stdin that is read")
+        files += found
     return [
         Source(
             file, file.suffix == ".jsonl" if form == "auto" else form == "jsonl", text_key, line_end
         )
         for file in files
     ]
+
+
+def files_in(folder: Path, without: Path) -> list[Path]:
+    """Those in a folder and in its folders, linked ones too, each once; none that are hidden."""
+    found: list[Path] = []
+    seen = {without.resolve()}
+    for at, folders, names in os.walk(folder, followlinks=True):
+        here = Path(at).resolve()
+        if here in seen:
+            folders.clear()
+            continue
+        seen.add(here)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(at, name) for name in names if not name.startswith(".")]
+    return sorted(found)
 
 
 def identity(path: Path) -> dict[str, Any]:
@@ -159,7 +172,7 @@ def _records(source: Source, start: int, seen: Callable[[bytes], object]) -> Ite
                 continue
             try:
                 record: Any = json.loads(raw.decode("utf-8", "surrogateescape"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{source.path}:{line}: not JSON: {error}") from None
             text = record.get(source.text_key) if isinstance(record, dict) else None
             if not isinstance(text, str):

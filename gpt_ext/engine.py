@@ -45,10 +45,13 @@ class NotPlainError(Exception):
 
 _engines: WeakKeyDictionary[GPT, dict[str, tuple[object, Engine]]] = WeakKeyDictionary()
 _lock = threading.Lock()
+_begun = False  # whether native calls have made OpenMP's threads
 
 
 def engine_for(model: GPT, form: decode.WeightFormat) -> Engine:
     """The engine with the model's weights of this moment; NotPlainError if there can be none."""
+    global _begun
+    _begun = True
     weights, eps = weights_of(model)
     key = (eps, [(w.dtype, w.shape) for w in weights], decode.fingerprint(weights))
     with _lock:
@@ -92,6 +95,8 @@ def _begin_again() -> None:
     """In a child that fork() made: it has none of its parent's threads, and nobody holds locks."""
     global _helpers, _lock
     _helpers, _lock = threading.local(), threading.Lock()
+    if _begun:
+        torch.set_num_threads(1)  # OpenMP's other threads are the parent's: to wait for for ever
 
 
 os.register_at_fork(after_in_child=_begin_again)
@@ -149,10 +154,10 @@ def weights_of(model: GPT, device: str | None = "cpu") -> tuple[list[Tensor], fl
             raise NotPlainError(f"{name} is on {value.device}, not on {device}")
         return value
 
-    def layer(name: str, module: Any, *shape: int) -> list[Tensor]:
+    def layer(name: str, module: Any, *shape: int, needs_bias: bool = False) -> list[Tensor]:
         weight = tensor(f"{name}.weight", getattr(module, "weight", None), *shape)
         bias = getattr(module, "bias", None)
-        if bias is None:
+        if bias is None and not needs_bias:
             bias = weight.new_zeros(shape[0])
         return [weight, tensor(f"{name}.bias", bias, shape[0])]
 
@@ -184,8 +189,8 @@ def weights_of(model: GPT, device: str | None = "cpu") -> tuple[list[Tensor], fl
             *layer(f"{name}.attention.qkv", attention.qkv, 3 * dim, dim),
             *layer(f"{name}.attention.projection", attention.projection, dim, dim),
             *norm(f"{name}.feed_forward_norm", block.feed_forward_norm),
-            *layer(f"{name}.feed_forward.up", network.up, hidden, dim),
-            *layer(f"{name}.feed_forward.down", network.down, dim, hidden),
+            *layer(f"{name}.feed_forward.up", network.up, hidden, dim, needs_bias=True),
+            *layer(f"{name}.feed_forward.down", network.down, dim, hidden, needs_bias=True),
         ]
     (value,) = eps if len(eps) == 1 else (None,)
     if not isinstance(value, float):

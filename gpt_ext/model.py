@@ -173,7 +173,7 @@ class GPT(Pretrained, nn.Module):
 
         Raises TypeError for another dtype, ValueError for another shape, and IndexError for an id
         outside the vocabulary; on CUDA, where looking would wait for the device, such an id fails
-        PyTorch's device-side assertion, which the next synchronisation raises.
+        a device-side assertion, which the next synchronisation raises.
         """
         return self.logits(self.hidden(tokens))
 
@@ -274,7 +274,8 @@ class GPT(Pretrained, nn.Module):
 
         Args:
             temperature: divides the logits; 0 takes the likeliest token.
-            top_k: only so many of the likeliest tokens stay in the draw; above the vocabulary, all.
+            top_k: only so many of the likeliest tokens, and their equals, stay in the draw; above
+                the vocabulary, all.
             top_p: and of those the smallest set whose probability reaches it (Holtzman et al.,
                 2020).
             repetition_penalty: divides the positive logits of tokens that the row holds already,

@@ -81,6 +81,7 @@ class Work:
     options: dict[str, Any]
     inputs: list[dict[str, Any]] = field(default_factory=list)  # those surveyed
     characters: str = ""  # all that are in them
+    surveyed: bool = False  # all of them
     source: int = 0  # the one being encoded
     offset: int = 0  # in bytes, into it
     tokens: int = 0  # written so far
@@ -118,14 +119,15 @@ class Preparation:
         self.tokenizer = self.given_tokenizer()
         has_end = options.tokenizer == "bpe" if self.tokenizer is None else self.tokenizer.end
         line_end = "\n" if has_end in (None, False) else ""
-        self.sources = list_sources(paths, options.form, options.text_key, line_end)
+        self.sources = list_sources(paths, options.form, options.text_key, line_end, self.out)
         self.check_unchanged()
         self.sizes = [source.path.stat().st_size for source in self.sources]
 
     def check_unchanged(self) -> None:
-        """UserError if the inputs that were surveyed before have changed."""
-        before = self.done.inputs
-        same = len(before) <= len(self.sources) and all(
+        """UserError if the inputs that were surveyed have changed."""
+        before, count = self.done.inputs, len(self.sources)
+        same = len(before) == count if self.done.surveyed else len(before) <= count
+        same = same and all(
             entry["sha256"] == sha256_of(source.path)
             if source.path == self.stdin
             else entry == identity(source.path) | {"sha256": entry["sha256"]}
@@ -171,6 +173,9 @@ class Preparation:
                 done.save(self.out)
         if not characters:
             raise UserError(f"there is no text in {', '.join(self.options.inputs)}")
+        if not done.surveyed:
+            done.surveyed = True
+            done.save(self.out)
 
     def learned_tokenizer(self) -> Tokenizer:
         """The tokenizer of the characters, or the byte pairs, in the inputs."""
@@ -220,7 +225,11 @@ class Preparation:
                 start, done.source, done.offset = done.offset, index, 0
                 table = self.table(without_token(source, set(done.characters), coder))
                 for batch in batches(pieces(source, start)):
-                    ids = encoded(batch, coder, table)
+                    try:
+                        ids = encoded(batch, coder, table)
+                    except ValueError:  # a character that was not there before
+                        self.check_unchanged()
+                        raise
                     file.write(ids.to(dtype).numpy().tobytes())
                     done.tokens, done.offset = done.tokens + len(ids), batch[-1].offset
                     progress.at(before + done.offset)
@@ -236,6 +245,7 @@ class Preparation:
     def finish(self) -> None:
         """Writes the manifest, which makes the folder a data set, and removes what it took."""
         assert self.tokenizer is not None
+        self.check_unchanged()
         done, out = self.done, self.out
         manifest = {
             "tokens": done.tokens,
@@ -284,6 +294,8 @@ def begin(out: Path, options: dict[str, Any]) -> Work:
 
 def keep_stdin(path: Path) -> None:
     """Copies stdin to a file, whole or not at all: it is read twice, like any other."""
+    if sys.stdin is None:
+        raise UserError("- is stdin, which is closed")
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
         shutil.copyfileobj(sys.stdin.buffer, file)

@@ -13,7 +13,10 @@ from torch import Tensor
 
 
 def derived_seed(*numbers: int) -> int:
-    """A seed from several numbers, such as (seed, step, rank): other numbers, another seed."""
+    """A seed from several numbers, such as (seed, step, rank): other numbers, another seed.
+
+    Of it PyTorch's generator of CPUs takes 32 bits: among 100,000 steps, two may draw the same.
+    """
     digest = hashlib.sha256(repr(numbers).encode()).digest()
     return int.from_bytes(digest[:8], "little")
 

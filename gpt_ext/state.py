@@ -100,6 +100,8 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     told = error.strerror if isinstance(error, OSError) else None
+    if "inline_container" in str(error):  # what torch makes of a file that is cut short
+        told = "it could not be written whole; the disk may be full"
     return told or " ".join(str(error).split()) or type(error).__name__
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from gpt_ext.errors import UserError
 
 FILE = "tokenizer.json"
+TextOf = Callable[[int | None], str]
 
 
 class Tokenizer(Protocol):
@@ -36,8 +37,11 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int] | Tensor) -> str:
         """The text of `ids`; IndexError for an id outside the vocabulary."""
 
-    def stream(self) -> Callable[[int], str]:
-        """A function that is given a text's tokens in turn: the characters that each completes."""
+    def stream(self) -> TextOf:
+        """A function that is given a text's tokens in turn: the characters that each completes.
+
+        At the end it is given None: what was not completed, as `decode` has it.
+        """
 
     def unknown(self, characters: set[str]) -> set[str]:
         """Those of `characters` that have no token."""
@@ -92,8 +96,8 @@ class CharTokenizer:
         """The text of `ids`; IndexError for an id outside the vocabulary."""
         return "".join(self.vocabulary[token] for token in checked_ids(ids, len(self)))
 
-    def stream(self) -> Callable[[int], str]:
-        return lambda token: self.decode([token])
+    def stream(self) -> TextOf:
+        return lambda token: "" if token is None else self.decode([token])
 
     def unknown(self, characters: set[str]) -> set[str]:
         return characters - set(self.vocabulary)
@@ -125,8 +129,8 @@ class ByteTokenizer:
         """The text of `ids`, U+FFFD where they are no UTF-8; IndexError for an id above 255."""
         return bytes(checked_ids(ids, 256)).decode("utf-8", "replace")
 
-    def stream(self) -> Callable[[int], str]:
-        return byte_stream(lambda token: bytes([token]))
+    def stream(self) -> TextOf:
+        return byte_stream(lambda token: bytes(checked_ids([token], 256)))
 
     def unknown(self, characters: set[str]) -> set[str]:
         return set()
@@ -164,10 +168,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise UserError(f"{file} holds no tokenizer: {error}") from None
 
 
-def byte_stream(bytes_of: Callable[[int], bytes]) -> Callable[[int], str]:
+def byte_stream(bytes_of: Callable[[int], bytes]) -> TextOf:
     """`stream` of a tokenizer whose tokens are bytes: a character comes with its last byte."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    return lambda token: decoder.decode(bytes_of(token))
+
+    def text_of(token: int | None) -> str:
+        return decoder.decode(b"", final=True) if token is None else decoder.decode(bytes_of(token))
+
+    return text_of
 
 
 def checked_ids(ids: Iterable[int] | Tensor, size: int) -> list[int]:

@@ -147,3 +147,11 @@ def test_threads_keep_dropout_off_for_each_other() -> None:
         gates[i].set()
         threads[i].join()
         assert {module.training for module in model.modules()} == {training}
+
+
+@pytest.mark.parametrize("layer", ["up", "down"])
+def test_what_forward_refuses_is_not_generated_from(model: GPT, layer: str) -> None:
+    getattr(model.blocks[0].feed_forward, layer).bias = None
+    for call in (lambda: model(START), lambda: model.generate(START, 3)):
+        with pytest.raises(TypeError, match=r"b\d is NoneType, expected a torch\.Tensor"):
+            call()

@@ -15,7 +15,7 @@ import pytest
 from corpus import sentences
 from shell import SMALL, assert_one_error, gpt_ext, open_gpt_ext
 
-from gpt_ext import build_info, cli, demo
+from gpt_ext import build_info, checkpoint, cli, demo
 from gpt_ext.options import ModelOptions, TrainOptions
 from gpt_ext.tokenizer import load_tokenizer
 
@@ -208,6 +208,8 @@ def test_train_says_what_it_needs(
         f"{run} exists already; to go on with it: gpt-ext train --resume {run}",
     )
     assert_one_error(gpt_ext("train", "--resume", run), "has done all its 40 steps")
+    with checkpoint.claimed(run):
+        assert_one_error(gpt_ext("train", "--resume", run), f"another process trains in {run}")
     for steps in ("80", str(TrainOptions().steps)):
         assert_one_error(
             gpt_ext("train", "--resume", run, "--steps", steps), "takes its options from the run"
@@ -273,6 +275,13 @@ def test_attention_over_what_cannot_be_read(
     picture = tmp_path / "a.png"
     assert_one_error(gpt_ext("attention", trained[0], read, "--out", picture), message)
     assert not picture.exists()
+
+
+def test_doctor_tells_a_simd_level_that_is_none() -> None:
+    command = [sys.executable, "-m", "gpt_ext", "doctor"]
+    environment = os.environ | {"GPT_EXT_SIMD": "sse9"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert_one_error(result, "SIMD level 'sse9' is not supported here; expected one of: scalar")
 
 
 def test_doctor_tells_the_build() -> None:

@@ -174,11 +174,11 @@ def test_nor_does_a_stop_id_further_on_change_that(model: GPT, used: int) -> Non
 
 
 def test_a_child_that_fork_made_writes_what_its_parent_does() -> None:
-    # In a process of its own: its threads are to be one, before and after.
+    # In a process of its own, whose OpenMP threads the child does not have.
     program = """
 import os, torch
 from gpt_ext import GPT
-torch.set_num_threads(1)
+torch.set_num_threads(2)
 model, start = GPT(40, 32, 48, 2, 4), torch.zeros(1, 1, dtype=torch.int64)
 texts = [model.generate(start, 20, temperature=0, dtype=form) for form in ("float32", "int8")]
 if (child := os.fork()) == 0:

@@ -236,6 +236,45 @@ def test_inputs_that_are_none(tmp_path: Path) -> None:
         prepare(PrepareOptions((str(tmp_path / "empty"),), str(tmp_path / "other")))
 
 
+def test_linked_folders_are_followed_and_the_data_set_is_no_input(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    written(folder / "a.txt", "abc")
+    written(tmp_path / "other/b.txt", "def")
+    (folder / "linked").symlink_to(tmp_path / "other")
+    (folder / "again").symlink_to(folder)
+    dataset = prepare(PrepareOptions((str(folder),), str(folder / "out"), validation=0.5))
+    assert dataset.tokenizer.decode(all_tokens(dataset)) == "abcdef"
+    (folder / "broken.txt").symlink_to(tmp_path / "none")
+    with pytest.raises(UserError, match=r"in/broken\.txt does not exist"):
+        made(tmp_path, folder)
+
+
+def test_what_cannot_be_read_twice_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is a pipe: as - it is stdin that is read"):
+        made(tmp_path, tmp_path / "pipe")
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="- is stdin, which is closed"):
+        made(tmp_path, "-")
+
+
+@pytest.mark.parametrize("new", ["a text of other letters", "xyz"])
+def test_a_file_that_changes_between_its_two_readings_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new: str
+) -> None:
+    file = written(tmp_path / "t.txt", "xyz")
+    table = module.Preparation.encode
+
+    def encode(self: module.Preparation) -> None:
+        written(file, new)
+        table(self)
+
+    monkeypatch.setattr(module.Preparation, "encode", encode)
+    with pytest.raises(UserError, match=r"the inputs have changed since .*out was begun"):
+        made(tmp_path, file)
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
 def test_a_replacement_must_have_a_token_itself(tmp_path: Path, letters: str) -> None:
     file = written(tmp_path / "t.txt", "abc")
     with pytest.raises(UserError, match="replacement 'x' is not in the vocabulary itself"):
@@ -314,6 +353,21 @@ def test_going_on_with_other_options_or_other_inputs_is_refused(
     written(unfinished / "a.txt", sentences(1001))
     with pytest.raises(UserError, match=r"the inputs have changed since .*out was begun"):
         made(tmp_path, unfinished)
+
+
+def test_once_all_are_surveyed_no_other_file_joins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path / "in/a.txt", sentences(1000))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "encoded", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            made(tmp_path, tmp_path / "in")
+    added = written(tmp_path / "in/b.txt", sentences(1000))
+    with pytest.raises(UserError, match=r"the inputs have changed since .*out was begun"):
+        made(tmp_path, tmp_path / "in")
+    added.unlink()
+    assert len(all_tokens(made(tmp_path, tmp_path / "in"))) == 1000
 
 
 def test_a_call_that_came_to_nothing_binds_no_later_one(tmp_path: Path) -> None:

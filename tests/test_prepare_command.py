@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from corpus import sentences
-from shell import gpt_ext
+from shell import assert_one_error, gpt_ext
 
 from gpt_ext.data import open_dataset
 
@@ -62,6 +62,12 @@ def test_replacement_may_be_any_character(tmp_path: Path, replacement: str) -> N
     assert result.returncode == 0, result.stderr
     tokenizer = open_dataset(out).tokenizer
     assert replacement in tokenizer.decode(range(len(tokenizer)))
+
+
+def test_json_beyond_the_parsers_depth_is_told(tmp_path: Path) -> None:
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    result = gpt_ext("prepare", tmp_path / "deep.jsonl", "--out", tmp_path / "x")
+    assert_one_error(result, "deep.jsonl:1: not JSON: ")
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,14 @@ def test_a_stream_of_tokens_gives_whole_characters_only(tokenizer: Tokenizer) ->
     assert len(parts) > len(TEXT) / 2
 
 
+def test_a_stream_that_ends_within_a_character_ends_as_decode_does(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(TEXT).tolist()
+    for count in range(len(ids) + 1):
+        stream = tokenizer.stream()
+        parts = [stream(token) for token in (*ids[:count], None)]
+        assert "".join(parts) == tokenizer.decode(ids[:count])
+
+
 def test_text_that_looks_like_the_end_of_a_text_is_text(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(END)
     assert tokenizer.end not in ids.tolist()

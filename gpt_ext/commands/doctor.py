@@ -7,6 +7,7 @@ from typing import Any
 
 from gpt_ext.build import build_info
 from gpt_ext.commands import Parser
+from gpt_ext.errors import UserError
 
 
 def parser() -> Parser:
@@ -15,7 +16,10 @@ def parser() -> Parser:
 
 def run(options: Any) -> int:
     """Tells what was built, with which torch and compiler, and what runs here."""
-    _print_tree(build_info())
+    try:
+        _print_tree(build_info())
+    except RuntimeError as error:  # GPT_EXT_SIMD names no level of this machine
+        raise UserError(str(error)) from None
     return 0
 
 

@@ -81,10 +81,14 @@ def write(
         raise UserError(str(error).replace("max_new_tokens", "length")) from None
     text_of = tokenizer.stream()
     print(prompt, end="", flush=True)
-    for token in tokens:
-        try:
-            text = text_of(int(token))
-        except IndexError:  # a model may have more tokens than its vocabulary
-            text = "\ufffd"
-        print(text, end="", flush=True)
-    print()
+    try:
+        for token in tokens:
+            try:
+                text = text_of(int(token))
+            except IndexError:  # a model may have more tokens than its vocabulary
+                text = "\ufffd"
+            print(text, end="", flush=True)
+    except RuntimeError as error:  # logits that are not finite
+        print(flush=True)
+        raise UserError(str(error)) from None
+    print(text_of(None))

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,14 +69,22 @@ def run(options: Any) -> int:
             raise UserError("train needs --data PATH and --out RUN, or --resume RUN")
         model, training = picked(ModelOptions, options), picked(TrainOptions, options)
         run, world = Path(options.out), World(training.device)
-        begin = partial(train.start, Path(options.data), run, model, training, world)
     else:
         run = Path(options.resume)
         world = World(checkpoint.read_config(run)["train"]["device"])
-        begin = partial(train.resume, run, world)
     try:
-        with world.joined():
-            return _train(begin(), run)
+        with world.joined(), ExitStack() as held:
+
+            def claim() -> None:
+                held.enter_context(checkpoint.claimed(run))
+
+            if options.resume is None:
+                trainer = train.start(Path(options.data), run, model, training, world)
+                world.first(claim)
+            else:
+                world.first(claim)
+                trainer = train.resume(run, world)
+            return _train(trainer, run)
     except LostProcessError as error:
         raise UserError(f"{error}; to go on: gpt-ext train --resume {run}") from error
 

@@ -211,7 +211,8 @@ class Call(Response):
             return
         if not any(each.tokens for each in self.answer.choices):
             self.service.metrics.first_token.observe(time.perf_counter() - self.start)
-        self.news.append(index)
+        if index not in self.news:
+            self.news.append(index)
         if choice.add(progress):
             self.service.scheduler.cancel([self.tickets[index]])
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from gpt_ext.checks import number
 from gpt_ext.generation import check_sampling
 from gpt_ext.sequences import Sampling
 from gpt_ext.serve.scheduler import Progress, Ticket, TokenLogprobs
-from gpt_ext.tokenizer import Tokenizer
+from gpt_ext.tokenizer import TextOf, Tokenizer
 
 MAX_STOPS, MAX_LOGPROBS = 4, 5  # OpenAI's own limits
 DEFAULT_MAX_TOKENS = 16
@@ -144,7 +145,7 @@ class Fields:
             return default
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ApiError(400, f"{name} must be a number, got {kind_of(value)}", name)
-        return float(value)
+        return number(name, value)
 
     def boolean(self, name: str) -> bool:
         value = self.fields.get(name)
@@ -166,7 +167,7 @@ def sampling_of(read: Fields) -> Sampling:
             read.number("top_p", 1.0),
         )  # fmt: skip
         check_sampling(sampling)
-    except (ValueError, OverflowError) as error:
+    except ValueError as error:
         raise ApiError(400, str(error), str(error).split()[0]) from None
     return sampling
 
@@ -247,7 +248,10 @@ class Choice:
             before, self.text = len(self.text), self.text + piece
             if self._cut(before):
                 return True
-        self.finish = progress.finish
+        if progress.finish:
+            before, self.text = len(self.text), self.text + self._text_of(None)
+            self._cut(before)
+            self.finish = self.finish or progress.finish
         return False
 
     def take(self) -> str:
@@ -277,7 +281,9 @@ class Choice:
     def _add_logprobs(self, token: int, of: TokenLogprobs) -> None:
         self.logprobs["tokens"].append(name_of(self.tokenizer, token))
         self.logprobs["token_logprobs"].append(of.drawn)
-        likeliest = {name_of(self.tokenizer, other): value for other, value in of.likeliest}
+        likeliest: dict[str, float] = {}
+        for other, value in of.likeliest:  # of several with one name the first
+            likeliest.setdefault(name_of(self.tokenizer, other), value)
         self.logprobs["top_logprobs"].append(likeliest)
         self.logprobs["text_offset"].append(len(self.text))
 
@@ -286,15 +292,20 @@ def new_logprobs() -> dict[str, list[Any]]:
     return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
 
-def piece_of(text_of: Callable[[int], str], token: int) -> str:
+def piece_of(text_of: TextOf, token: int | None) -> str:
     try:
         return text_of(token)
     except IndexError:  # a model may have more tokens than its vocabulary
         return "\ufffd"
 
 
+def text_of_all(tokenizer: Tokenizer, tokens: list[int]) -> str:
+    text_of = tokenizer.stream()
+    return "".join(piece_of(text_of, token) for token in (*tokens, None))
+
+
 def name_of(tokenizer: Tokenizer, token: int) -> str:
-    return piece_of(lambda token: tokenizer.decode([token]), token)
+    return text_of_all(tokenizer, [token])
 
 
 def held(text: str, stop: str) -> int:
@@ -309,7 +320,7 @@ class Answer:
     def __init__(self, request: Completion, tokenizer: Tokenizer, model: str) -> None:
         self.request, self.model, self.tokenizer = request, model, tokenizer
         self.id, self.created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
-        echoed = [tokenizer.decode(p) if request.echo else "" for p in request.prompts]
+        echoed = [text_of_all(tokenizer, p) if request.echo else "" for p in request.prompts]
         with_logprobs = request.logprobs is not None
         self.choices = [
             Choice(tokenizer, request.stop, tokenizer.end, with_logprobs, text)

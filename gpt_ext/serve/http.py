@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
+from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -21,5 +23,12 @@ async def whole_body(request: Request, most: int) -> bytes:
     return bytes(body)
 
 
+class ErrorResponse(JSONResponse):
+    """In ASCII: an error may name what no UTF-8 can, half a character of a request's JSON."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode()
+
+
 def error_response(error: ApiError) -> Response:
-    return JSONResponse(error.body(), error.status)
+    return ErrorResponse(error.body(), error.status)

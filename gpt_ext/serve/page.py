@@ -99,6 +99,8 @@ class Page:
         seen, chosen = tokens[start:position], int(tokens[position])
         attention, x = read(self.model, seen, slice(-1, None))  # (layers, heads, 1, T), (T, C)
         probabilities = self.model.logits(x[-1]).double().softmax(-1)  # (V,)
+        if not (probabilities.isfinite().all() and attention.isfinite().all()):
+            raise ApiError(500, "the model's logits are not finite: its weights are damaged")
         ranked = probabilities.argsort(descending=True, stable=True).tolist()
         text_of = self.tokenizer.stream()
 

@@ -170,6 +170,15 @@ def test_a_thousand_requests_at_once_get_the_text_they_get_alone(
     assert server.running() == 0
 
 
+def test_a_stream_that_lags_behind_tells_the_end_once(server: Server) -> None:
+    def ends(seed: int) -> int:
+        _, text = server.complete(max_tokens=60, seed=seed, stream=True)
+        return sum('"finish_reason": "length"' in line for line in text.splitlines())
+
+    with ThreadPoolExecutor(8) as clients:
+        assert list(clients.map(ends, range(64))) == [1] * 64
+
+
 @pytest.mark.parametrize(
     ("fields", "status", "message"),
     [
@@ -193,6 +202,8 @@ def test_a_thousand_requests_at_once_get_the_text_they_get_alone(
         ({"prompt": "a", "max_tokens": True}, 400, "max_tokens must be .*, got a boolean"),
         ({"prompt": "a", "temperature": "hot"}, 400, "temperature must be a number, got a string"),
         ({"prompt": "a", "temperature": -1}, 400, "temperature must be finite and not negative"),
+        ({"prompt": "a", "temperature": 10**400}, 400, "temperature must be finite and not neg"),
+        (b'{"prompt": "a", "\\ud800": 1}', 400, ". is not supported"),
         (b'{"prompt": "a", "temperature": NaN}', 400, "temperature must be finite"),
         ({"prompt": "a", "top_p": 0}, 400, "top_p must be above 0 and at most 1"),
         ({"prompt": "a", "top_k": 0}, 400, "top_k must be an integer from 1"),

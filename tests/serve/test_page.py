@@ -181,6 +181,15 @@ def test_positions_are_those_of_tokens(tmp_path: Path) -> None:
     assert "surrogates not allowed" in response.json()["error"]["message"]
 
 
+def test_damaged_weights_are_told(tmp_path: Path) -> None:
+    model = GPT(3, 8, 16, 1, 2)
+    torch.nn.init.constant_(model.final_norm.weight, torch.nan)
+    client = client_of(model, CharTokenizer("abc"), tmp_path)
+    response = client.post("/api/look", json={"text": "abc", "position": 1})
+    assert response.status_code == 500
+    assert "its weights are damaged" in response.json()["error"]["message"]
+
+
 def test_tokens_that_the_model_lacks_are_refused(tmp_path: Path) -> None:
     client = client_of(GPT(100, 8, 16, 1, 2), ByteTokenizer(), tmp_path)
     response = client.post("/api/look", json={"text": "az", "position": 1})
