@@ -59,6 +59,6 @@ clean:
 # The kernels, their native tests and the C++ harness, without torch.
 build/native/built: .venv/torch CMakeLists.txt $(NATIVE)
 	$(BIN)/cmake -S . -B build/native -G Ninja -DGPT_EXT_CUDA=OFF \
-	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	  -DCMAKE_MAKE_PROGRAM='$(CURDIR)/$(BIN)/ninja'
 	$(BIN)/cmake --build build/native
 	touch $@

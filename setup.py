@@ -14,6 +14,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 try:
     import torch
@@ -137,6 +138,15 @@ def check_compiler(compiler: str) -> None:
             sys.exit(f"gpt_ext: {compiler} cannot compile C++20 with OpenMP:\n{error.stderr}")
 
 
+class BuildPy(build_py):
+    """Into an empty folder: of an earlier build objects are of use, but no module that is gone."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 class BuildExt(cpp_extension.BuildExtension if torch else build_ext):  # type: ignore[misc]
     """torch's build_ext; the extension is configured when it is compiled, not for metadata."""
 
@@ -162,6 +172,6 @@ if __name__ == "__main__":
     native = sources("csrc/cpu/*.cpp") + sources("csrc/torch/*.cpp")
     setup(
         ext_modules=[Extension("gpt_ext._C", native, language="c++")],
-        cmdclass={"build_ext": BuildExt},
+        cmdclass={"build_py": BuildPy, "build_ext": BuildExt},
         options={"build": {"build_base": BUILD}},
     )

@@ -86,7 +86,9 @@ struct HeadCache {
     Storage elements[kLanes<float> * kDepth] = {};
     for (int64_t i = 0; i < std::min<int64_t>(count, kLanes<float> * kDepth); i += kLanes<float>)
       store(elements + i, count - i < kLanes<float> ? load(x + i, count - i) : load(x + i));
-    return std::bit_cast<Words>(elements);
+    Words words;
+    std::memcpy(&words, elements, sizeof words);
+    return words;
   }
   PackedMatrix matrix(const Storage* data, int64_t depth, int64_t whole_depth,
                       int64_t panels) const {

@@ -21,8 +21,8 @@ namespace {
 // which is to be asked for once: they enlarge what a thread's state takes.
 [[maybe_unused]] bool may_use_matrix_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
-  constexpr unsigned kTiles = bit_AMX_TILE | bit_AMX_BF16 | bit_AMX_INT8;
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl; of the state
+  constexpr unsigned kTiles = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;   // of arch_prctl; of the state
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kTiles) == kTiles &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
