@@ -86,7 +86,14 @@ double measure_read(int64_t bytes) {
   return best;
 }
 
-void print(int sizes, char** bytes) {
+int print(int sizes, char** bytes) {
+  for (int i = 0; i < sizes; ++i) {
+    char* end = nullptr;
+    if (std::strtoll(bytes[i], &end, 10) <= 0 || *end != '\0') {
+      std::fprintf(stderr, "limits: BYTES is '%s', expected a number above 0\n", bytes[i]);
+      return 2;
+    }
+  }
   std::printf("{\"threads\": %d, \"float32_flops\": %.4g, \"bfloat16_flops\": %.4g, \"read\": {",
               omp_get_max_threads(), measure_peak(Cpu{}, DType::kFloat32),
               measure_peak(Cpu{}, DType::kBFloat16));
@@ -95,9 +102,10 @@ void print(int sizes, char** bytes) {
     std::printf("%s\"%" PRId64 "\": %.4g", i ? ", " : "", size, measure_read(size));
   }
   std::printf("}}\n");
+  return 0;
 }
 
 }  // namespace
 }  // namespace gpt_ext::bench
 
-int main(int argc, char** argv) { gpt_ext::bench::print(argc - 1, argv + 1); }
+int main(int argc, char** argv) { return gpt_ext::bench::print(argc - 1, argv + 1); }

@@ -1,5 +1,5 @@
 // The machine's own ceiling: the rate of multiply-adds, in float32 or of bfloat16, from
-// registers alone, on every thread at once, at the widest SIMD level of the machine.
+// registers alone, on every thread at once, at the SIMD level in use.
 #pragma once
 
 #include <omp.h>
@@ -91,7 +91,7 @@ struct PeakLoop {
 // The fastest loop for products of this dtype; bfloat16 is widened where there is no instruction.
 inline PeakLoop widest_loop([[maybe_unused]] DType dtype) {
 #if defined(__x86_64__)
-  const std::string level = cpu::supported_simd_levels().back();
+  const std::string level = cpu::simd_level();
   const bool is_bf16 = dtype == DType::kBFloat16;
   if (level == "amx" && is_bf16) return {multiply_add_tiles, 2 * 16 * 16 * 32};
   if (level == "avx512_bf16" && is_bf16) return {multiply_add_pairs, 2 * 32};
