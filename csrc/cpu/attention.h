@@ -185,9 +185,9 @@ int64_t padded_depth(int64_t depth) {
 template <class StepsOf, class Epilogue>
 __attribute__((noinline)) void multiply_by_matrix_tiles(int64_t rows, int64_t columns,
                                                         Matrix<uint32_t> a, const uint32_t* b,
-                                                        int64_t b_row, const StepsOf& steps_of,
+                                                        int64_t b_row, const StepsOf steps_of,
                                                         Prefetch& prefetch,
-                                                        const Epilogue& epilogue) {
+                                                        const Epilogue epilogue) {
   using E = Bf16Tiles;
   constexpr int64_t kUnit = E::kStepUnit;
   alignas(64) float c[E::kRows * E::kColumns];

@@ -5,7 +5,7 @@
 // Dropout multiplies P in dV and dP in dS by the mask's 0 or 1/(1-p).
 //
 // Blocks of 192 keys (128 by matrix tiles) outside, as many queries inside: dK and dV of a block
-// are summed over queries, dQ over keys. A task owns one head, or, where there are fewer heads than
+// are summed over queries, dQ over keys. A task owns one head, or, where heads are too few for the
 // threads, dK and dV of one block of its keys, or dQ of one block of its queries. So nothing is
 // summed across threads, and each sum has one order: the bits are the same in both schemes.
 
@@ -266,7 +266,8 @@ void attention_backward_typed(const AttentionBackward& p) {
   const auto run = [&](int64_t head, const BackwardPart& part, std::byte* memory) {
     attention_backward_part<Storage>(p, head, part, memory);
   };
-  // Apart, dQ and dK, dV take 7 products in place of 5, but keep all threads busy.
+  // Apart, dQ and dK, dV take 7 products in place of 5, but keep all threads busy: less time where
+  // more than 2 of 7 threads would have no head.
   if (blocks > 1 && 7 * heads < 5 * max_threads()) {
     parallel_for(2 * heads * blocks, bytes, [&](int64_t task, std::byte* memory) {
       const int64_t head = task % heads, skipped = task / heads / 2;  // longest first

@@ -11,13 +11,13 @@ template <class F>
 void product_by_matrix_tiles(const Operands& rows, int64_t count, const PackedMatrix& m,
                              Range panels, const ProductOut& out, PanelsAhead next) {
   using Sum = typename F::Sum;
-  constexpr int64_t kTileColumns = 2 * kPanel, kRows = 2 * kUnitSteps;
+  constexpr int64_t kColumns = 2 * kPanel, kRows = 2 * kUnitSteps;
   constexpr int64_t kBytes = 1024 * 1024;  // of a block of rows: half of L2
   const int64_t steps = m.panel_bytes / (kPanel * static_cast<int64_t>(sizeof(uint32_t)));
   const int64_t stride = steps * kPanel, row_bytes = steps * sizeof(uint32_t);
   const int64_t block_rows = std::max<int64_t>(1, kBytes / row_bytes / kRows) * kRows;
   const MatrixUnit<Bf16Tiles> unit(std::min(count, kUnitSteps));
-  alignas(64) Sum sums[2 * kUnitSteps * kTileColumns];
+  alignas(64) Sum sums[2 * kUnitSteps * kColumns];
   for (int64_t i0 = 0; i0 < count; i0 += block_rows) {
     const int64_t end = std::min(count, i0 + block_rows), tiles = (end - i0 + kRows - 1) / kRows;
     for (int64_t p = panels.begin; p < panels.end; p += 2) {
@@ -37,21 +37,19 @@ void product_by_matrix_tiles(const Operands& rows, int64_t count, const PackedMa
         prefetch_tile<F>(out, i, real_rows, first, real_columns);
         const Matrix<uint32_t> a{reinterpret_cast<const uint32_t*>(rows.words + i * rows.row),
                                  rows.row, kUnitSteps};
-        multiply_matrix_tiles(real_rows, columns, steps, a, b, nullptr, 0, sums, kTileColumns,
-                              ahead);
+        multiply_matrix_tiles(real_rows, columns, steps, a, b, nullptr, 0, sums, kColumns, ahead);
         ahead.line += ahead.a_unit * steps / kUnitSteps * kLineBytes;
         auto* values = reinterpret_cast<float*>(sums);
         if constexpr (std::is_same_v<Sum, int32_t>) {  // in their place
           for (int64_t r = 0; r < real_rows; ++r)
             for (int64_t c = 0; c < columns; c += kLanes<float>) {
               Vec<Sum> sum;
-              std::memcpy(&sum, sums + r * kTileColumns + c, sizeof sum);
-              store(values + r * kTileColumns + c,
+              std::memcpy(&sum, sums + r * kColumns + c, sizeof sum);
+              store(values + r * kColumns + c,
                     F::finish(sum, rows.scale[i + r], {m.scale + first + c, m.sum + first + c}));
             }
         }
-        finish_tile<F>(out, values, kTileColumns, m.bias + first, i, real_rows, first,
-                       real_columns);
+        finish_tile<F>(out, values, kColumns, m.bias + first, i, real_rows, first, real_columns);
       }
     }
   }

@@ -1,8 +1,8 @@
 // Feed-forward network, forward, on CPUs: two products, each with its epilogue.
 //   hidden = act(y W1^T + b1)      y = x or norm(x)
 //   out    = hidden W2^T + b2      or x + dropout of that
-// A task takes its rows through both, so that the second product finds hidden in cache; larger
-// weights are read once, by one product after the other.
+// A task takes its rows through both, so that the second product finds hidden in cache; where the
+// weights are larger than the rows, one product runs after the other, and its tasks are columns.
 
 #ifndef GPT_EXT_SIMD_LEVEL
 

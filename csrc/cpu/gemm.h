@@ -4,7 +4,8 @@
 // B is packed into panels of kTileColumns columns, k-major and padded with zeros, so that the
 // micro-kernel reads it as one stream. A tile of C, 6 rows by one panel, stays in registers while k
 // runs; A is broadcast element by element. (Goto and van de Geijn, "Anatomy of high-performance
-// matrix multiplication", ACM TOMS 2008.)
+// matrix multiplication", ACM TOMS 2008.) By matrix tiles a panel has 32 columns, and a tile 32
+// rows.
 
 namespace gpt_ext::cpu::GPT_EXT_SIMD_LEVEL {
 
@@ -54,7 +55,9 @@ __attribute__((noinline)) void multiply_panel(int64_t i0, int64_t rows, int64_t 
                                               const PartialSums<typename E::Sum>& partial,
                                               const Epilogue<E>& epilogue, FetchAhead& ahead) {
   using Sum = typename E::Sum;
-  constexpr int64_t kRun = 512;  // steps summed in one go: longer sums of float32 lose digits
+  // Steps summed in one go: longer sums of float32 lose digits. Matrix tiles take a whole block of
+  // steps, at most twice as many.
+  constexpr int64_t kRun = 512;
   const int64_t run = equal_part(steps, kRun);
   alignas(64) Sum done[E::kRows * kTileColumns<Sum>];
   [[maybe_unused]] auto* fetched = static_cast<const std::byte*>(next.bytes ? next.data : panel);
@@ -201,6 +204,7 @@ struct BlockScratch {
     row = std::min(kBlockColumns, round_up<typename E::Sum>(columns));
     rows = whole_tiles<E>(rows);
     sums = carver.take<typename E::Sum>(blocks.count > 1 ? rows * row : 0);
+    // A tile more, and 16 steps, for packing stores whole vectors over the ends.
     a = carver.take<typename E::Operand>((rows + E::kRows) *
                                          (round_up<typename E::Operand>(blocks.size) + 16));
     b = carver.take<typename E::Operand>(blocks.size * Panels<E>::kWidth);
@@ -373,8 +377,8 @@ void gemm_of_columns(int64_t rows, int64_t depth, Matrix<A> a, Matrix<B> b, int6
   parallel_for((panels + part - 1) / part, bytes + part * panel_bytes, work);
 }
 
-// C (rows, columns) = A (rows, depth) B (depth, columns), where B is read from memory once and
-// never packed as a whole. One stride of each is 1.
+// C (rows, columns) = A (rows, depth) B (depth, columns), where B is never packed as a whole, and
+// read from memory once, or once for each run of rows (gemm_panels). One stride of each is 1.
 template <class E, class A, class B>
 void gemm_reading_once(int64_t rows, int64_t depth, Matrix<A> a, Matrix<B> b, int64_t columns,
                        const std::type_identity_t<Epilogue<E>>& epilogue) {

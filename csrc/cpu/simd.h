@@ -50,7 +50,8 @@ GPT_EXT_INLINE void store(float* p, Vec<float> x) {
   *reinterpret_cast<VectorOf<float>::unaligned*>(p) = x;
 }
 GPT_EXT_INLINE void store(uint32_t* p, Vec<uint32_t> x) { std::memcpy(p, &x, sizeof x); }
-GPT_EXT_INLINE Vec16Bit to_bf16(Vec<float> x) {  // ties to even
+// Ties to even; the instruction takes subnormal numbers for zero.
+GPT_EXT_INLINE Vec16Bit to_bf16(Vec<float> x) {
 #if GPT_EXT_BF16_DOT
   const auto rounded = _mm512_cvtneps_pbh((__m512)x);
   Vec16Bit half;
@@ -120,7 +121,7 @@ GPT_EXT_INLINE Vec<T> keep_part(Vec<T> x, Whole, T = 0) {
   return x;
 }
 
-// Rows of 42 float32 end in part of a vector, everywhere; x86 loads and stores it under a mask.
+// Rows of 42 float32 end in part of a vector, everywhere; x86 loads it under a mask.
 #if defined(__x86_64__) && GPT_EXT_VECTOR_BYTES == 32
 GPT_EXT_INLINE __m256i first_elements(int64_t count) {
   alignas(32) static constexpr int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};

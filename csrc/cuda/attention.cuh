@@ -8,10 +8,10 @@
 
 namespace gpt_ext::cuda {
 
-// Blocks 0 .. B*H-1 take the first tile of each head, the next B*H the second, and so on.
-template <class Acc>
-__host__ __device__ int64_t time_tiles(const AttentionProblem& p) {
-  return (p.time + kTile<Acc> - 1) / kTile<Acc>;
+// Of the generic kernels. Their blocks 0 .. B*H-1 take a tile of each head, the next B*H the next
+// one, and so on: those first that have the most to do.
+__host__ __device__ inline int64_t time_tiles(const AttentionProblem& p) {
+  return (p.time + kTile - 1) / kTile;
 }
 __host__ __device__ inline int64_t all_heads(const AttentionProblem& p) {
   return p.batch * p.heads;
@@ -42,8 +42,7 @@ __device__ void store_head(const Heads& x, const AttentionProblem& p, int64_t he
     for (int i = 0; i < Fragment<Acc>::kSide; ++i) {
 #pragma unroll
       for (int j = 0; j < Fragment<Acc>::kSide; ++j) {
-        const int64_t row = row0 + fragment_row(i),
-                      column = chunk * kTile<Acc> + fragment_column(j);
+        const int64_t row = row0 + fragment_row(i), column = chunk * kTile + fragment_column(j);
         if (row < p.time && column < p.dim) {
           data[row * x.time + column] = static_cast<T>(value[chunk].at[i][j] * factor[i]);
         }
@@ -91,7 +90,7 @@ inline void check_problem(const AttentionProblem& p) {
 }
 
 // A kernel's fragments cover 64 or 256 columns, of which the head uses the first D. The registers
-// of the narrow kernels let two blocks share a multiprocessor; from 128 columns up it is one.
+// of the narrow kernels let two blocks share a multiprocessor; of the others it is one.
 template <class F>
 void dispatch_head_dim(int64_t dim, F&& f) {
   if (dim <= 64) return f(std::integral_constant<int, 64>{});

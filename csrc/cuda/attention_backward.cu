@@ -87,14 +87,14 @@ template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<kDim>)
     attention_dq_kernel(const AttentionBackward p) {
   using Acc = Accumulator<T>;
-  constexpr int kSide = Fragment<Acc>::kSide, kChunks = kDim / kTile<Acc>;
+  constexpr int kSide = Fragment<Acc>::kSide, kChunks = kDim / kTile;
   TilePair<Acc>& shared = shared_memory<TilePair<Acc>>();
   const Head<T> head(p, blockIdx.x % all_heads(p.problem));
   const int64_t row0 =  // the longest walks first
-      (time_tiles<Acc>(p.problem) - 1 - blockIdx.x / all_heads(p.problem)) * kTile<Acc>;
+      (time_tiles(p.problem) - 1 - blockIdx.x / all_heads(p.problem)) * kTile;
 
   Fragment<Acc> dq[kChunks];
-  for (int64_t column0 = 0; column0 <= row0; column0 += kTile<Acc>) {
+  for (int64_t column0 = 0; column0 <= row0; column0 += kTile) {
     Fragment<Acc> dropped, ds;
     head.rebuild(shared, row0, column0, dropped, ds);
     accumulate<false>(dq, shared, ds, head.k, column0);
@@ -109,13 +109,13 @@ template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<kDim>)
     attention_dkv_kernel(const AttentionBackward p) {
   using Acc = Accumulator<T>;
-  constexpr int kSide = Fragment<Acc>::kSide, kChunks = kDim / kTile<Acc>;
+  constexpr int kSide = Fragment<Acc>::kSide, kChunks = kDim / kTile;
   TilePair<Acc>& shared = shared_memory<TilePair<Acc>>();
   const Head<T> head(p, blockIdx.x % all_heads(p.problem));
-  const int64_t column0 = blockIdx.x / all_heads(p.problem) * kTile<Acc>;
+  const int64_t column0 = blockIdx.x / all_heads(p.problem) * kTile;
 
   Fragment<Acc> dk[kChunks], dv[kChunks];
-  for (int64_t row0 = column0; row0 < p.problem.time; row0 += kTile<Acc>) {
+  for (int64_t row0 = column0; row0 < p.problem.time; row0 += kTile) {
     Fragment<Acc> dropped, ds;
     head.rebuild(shared, row0, column0, dropped, ds);
     accumulate<true>(dv, shared, dropped, head.dout, row0);
@@ -138,7 +138,7 @@ void attention_backward(Cuda backend, const AttentionBackward& p) {
     using T = typename decltype(element)::type;
     using Acc = cuda::Accumulator<T>;
     if constexpr (sizeof(T) == 2) {
-      if (cuda::is_tiny<T>(p.problem)) return cuda::launch_tiny_gradient<T>(backend, p);
+      if (cuda::is_tiny(p.problem)) return cuda::launch_tiny_gradient<T>(backend, p);
     }
     const int64_t rows = cuda::all_heads(p.problem) * p.problem.time;
     cuda::launch(backend, "attention_backward: delta", cuda::attention_delta_kernel<T>,
@@ -155,7 +155,7 @@ void attention_backward(Cuda backend, const AttentionBackward& p) {
         });
       });
     } else {
-      const int64_t tiles = cuda::all_heads(p.problem) * cuda::time_tiles<Acc>(p.problem);
+      const int64_t tiles = cuda::all_heads(p.problem) * cuda::time_tiles(p.problem);
       constexpr size_t kShared = sizeof(cuda::TilePair<Acc>);
       cuda::dispatch_head_dim(p.problem.dim, [&](auto dim) {
         cuda::launch(backend, "attention_backward: dq", cuda::attention_dq_kernel<T, dim()>, tiles,

@@ -14,14 +14,13 @@ template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<kDim>)
     attention_forward_kernel(const AttentionForward p) {
   using Acc = Accumulator<T>;
-  constexpr int kSide = Fragment<Acc>::kSide, kChunks = kDim / kTile<Acc>;
+  constexpr int kSide = Fragment<Acc>::kSide, kChunks = kDim / kTile;
   TilePair<Acc>& shared = shared_memory<TilePair<Acc>>();
   const AttentionProblem& problem = p.problem;
 
   // The last tile sees the most keys: its blocks come first, so that the short ones fill the end.
   const int64_t head = blockIdx.x % all_heads(problem);
-  const int64_t row0 =
-      (time_tiles<Acc>(problem) - 1 - blockIdx.x / all_heads(problem)) * kTile<Acc>;
+  const int64_t row0 = (time_tiles(problem) - 1 - blockIdx.x / all_heads(problem)) * kTile;
   const Matrix<T> q = head_matrix<T>(p.q, problem, head);
   const Matrix<T> k = head_matrix<T>(p.k, problem, head);
   const Matrix<T> v = head_matrix<T>(p.v, problem, head);
@@ -33,7 +32,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<kDim>)
 #pragma unroll
   for (int i = 0; i < kSide; ++i) maximum[i] = -INFINITY, sum[i] = 0;
 
-  for (int64_t column0 = 0; column0 <= row0; column0 += kTile<Acc>) {
+  for (int64_t column0 = 0; column0 <= row0; column0 += kTile) {
     Fragment<Acc> s = product<false, true>(shared, q, row0, k, column0, problem.dim);
     const uint32_t kept = dropout.kept(head, row0, column0);
 #pragma unroll
@@ -237,7 +236,7 @@ void attention_forward(Cuda backend, const AttentionForward& p) {
     using T = typename decltype(element)::type;
     using Acc = cuda::Accumulator<T>;
     if constexpr (sizeof(T) == 2) {
-      if (cuda::is_tiny<T>(p.problem)) return cuda::launch_tiny_forward<T>(backend, p);
+      if (cuda::is_tiny(p.problem)) return cuda::launch_tiny_forward<T>(backend, p);
     }
     if constexpr (sizeof(T) <= 4) {
       cuda::dispatch_operand<T>(p.problem.allow_tf32, [&](auto operand) {
@@ -255,7 +254,7 @@ void attention_forward(Cuda backend, const AttentionForward& p) {
     } else {
       cuda::dispatch_head_dim(p.problem.dim, [&](auto dim) {
         cuda::launch(backend, "attention_forward", cuda::attention_forward_kernel<T, dim()>,
-                     heads * cuda::time_tiles<Acc>(p.problem), cuda::kThreads,
+                     heads * cuda::time_tiles(p.problem), cuda::kThreads,
                      sizeof(cuda::TilePair<Acc>), p);
       });
     }

@@ -192,9 +192,10 @@ __global__ void __launch_bounds__(GradientShape<T, kDim, kM, kOfKeys>::kThreads,
 template <class T, int kDim, int kM, bool kOfKeys>
 void launch_gradient(Cuda backend, const char* name, const AttentionBackward& p) {
   using Shape = GradientShape<T, kDim, kM, kOfKeys>;
+  constexpr size_t kShared = sizeof(GradientTiles<T, kDim, kM, kOfKeys>);
+  static_assert(kShared <= kMaxSharedBytes);
   launch(backend, name, attention_gradient_mma_kernel<T, kDim, kM, kOfKeys>,
-         head_tiles(p.problem, Shape::kOwned) * Shape::kParts, Shape::kThreads,
-         sizeof(GradientTiles<T, kDim, kM, kOfKeys>), p);
+         head_tiles(p.problem, Shape::kOwned) * Shape::kParts, Shape::kThreads, kShared, p);
 }
 
 }  // namespace gpt_ext::cuda

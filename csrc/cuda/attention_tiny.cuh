@@ -249,11 +249,8 @@ __global__ void __launch_bounds__(kTinyThreads, 1)
   of_keys(ds, shared.q, p.dk, score_scale);
 }
 
-// Whether p is for the kernels here.
-template <class T>
-bool is_tiny(const AttentionProblem& p) {
-  return sizeof(T) == 2 && p.time <= kTinyTime && p.dim <= kTinyDim;
-}
+// Whether p, of a 16-bit type, is for the kernels here.
+inline bool is_tiny(const AttentionProblem& p) { return p.time <= kTinyTime && p.dim <= kTinyDim; }
 
 // f(D) for the width that p's heads are padded to.
 template <class F>
@@ -273,6 +270,7 @@ void launch_tiny_forward(Cuda backend, const AttentionForward& p) {
 
 template <class T>
 void launch_tiny_gradient(Cuda backend, const AttentionBackward& p) {
+  static_assert(sizeof(TinyGradientTiles<T, kTinyDim>) <= kMaxSharedBytes);
   dispatch_tiny_dim(p.problem, [&](auto dim) {
     launch(backend, "attention_backward", attention_tiny_gradient_mma_kernel<T, dim()>,
            all_heads(p.problem) * (p.problem.time > 0), kTinyThreads,

@@ -48,11 +48,11 @@ __global__ void __launch_bounds__(kThreads, kGemmBlocks)
     gemm_kernel(Matrix<T> a, Matrix<T> b, int64_t rows, int64_t columns, int64_t depth,
                 const Split split, const Epilogue epilogue) {
   using Acc = typename Epilogue::Acc;
-  const int64_t across = (columns + kTile<Acc> - 1) / kTile<Acc>;
-  const int64_t down = (rows + kTile<Acc> - 1) / kTile<Acc>;
+  const int64_t across = (columns + kTile - 1) / kTile;
+  const int64_t down = (rows + kTile - 1) / kTile;
   const int64_t part = blockIdx.x / (across * down);
-  const int64_t row0 = blockIdx.x / across % down * kTile<Acc>;
-  const int64_t column0 = blockIdx.x % across * kTile<Acc>;
+  const int64_t row0 = blockIdx.x / across % down * kTile;
+  const int64_t column0 = blockIdx.x % across * kTile;
   if constexpr (kLayout == Layout::kTN) {
     take_part(a, split, part);
     take_part(b, split, part);
@@ -85,7 +85,7 @@ void gemm_generic(Cuda backend, const char* name, const Matrix<T>& a, const Matr
                   int64_t rows, int64_t columns, int64_t depth, const Epilogue& epilogue,
                   const Split* split) {
   using Acc = typename Epilogue::Acc;
-  constexpr int64_t kSide = kTile<Acc>;
+  constexpr int64_t kSide = kTile;
   const int64_t tiles = (rows + kSide - 1) / kSide * ((columns + kSide - 1) / kSide);
   const Split parts = split != nullptr ? *split : Split{1, depth};
   launch(backend, name, gemm_kernel<kLayout, T, Epilogue>, tiles * parts.count, kThreads,

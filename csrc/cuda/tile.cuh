@@ -19,25 +19,24 @@ constexpr int kThreads = kGrid * kGrid;
 
 // Two tiles must leave room for more blocks in the 100 KB of shared memory of the smallest
 // architectures (sm_86, sm_89), and stay below the 48 KB that a launch gets without asking.
-template <class Acc>
-constexpr int kTile = sizeof(Acc) == 8 ? 32 : 64;
+constexpr int kTile = 32;
 
 // The odd row pitch makes a walk down a column visit 32 different banks, as one along a row does.
 template <class Acc>
 struct Tile {
-  Acc at[kTile<Acc>][kTile<Acc> + 1];
+  Acc at[kTile][kTile + 1];
 };
 
 template <class Acc>
 struct TilePair {
   Tile<Acc> a, b;
 };
-static_assert(sizeof(TilePair<float>) <= 48 * 1024 && sizeof(TilePair<double>) <= 48 * 1024);
+static_assert(sizeof(TilePair<double>) <= 48 * 1024);
 
 // Thread (y, x) holds the elements (y + 16 i, x + 16 j) of a tile.
 template <class Acc>
 struct Fragment {
-  static constexpr int kSide = kTile<Acc> / kGrid;
+  static constexpr int kSide = kTile / kGrid;
   Acc at[kSide][kSide] = {};
 };
 
@@ -71,7 +70,7 @@ struct Matrix {
 // neighbouring columns, each thread one column: few addresses and comparisons to keep in registers.
 template <class Acc, class T>
 __device__ void load(Tile<Acc>& tile, const Matrix<T>& matrix, int64_t row0, int64_t column0) {
-  constexpr int kSide = kTile<Acc>;
+  constexpr int kSide = kTile;
   const int column = threadIdx.x % kSide;
   const bool in_columns = column0 + column < matrix.columns;
   const int64_t rows_left = matrix.rows - row0;
@@ -120,13 +119,13 @@ template <bool kTransposeA, bool kTransposeB, class Acc, class T>
 __device__ Fragment<Acc> product(TilePair<Acc>& shared, const Matrix<T>& a, int64_t row0,
                                  const Matrix<T>& b, int64_t column0, int64_t depth) {
   Fragment<Acc> c;
-  for (int64_t k = 0; k < depth; k += kTile<Acc>) {
+  for (int64_t k = 0; k < depth; k += kTile) {
     load(shared.a, a, kTransposeA ? k : row0, kTransposeA ? row0 : k);
     load(shared.b, b, kTransposeB ? column0 : k, kTransposeB ? k : column0);
     __syncthreads();  // a and b are whole
     const int64_t left = depth - k;
     multiply<kTransposeA, kTransposeB>(c, shared.a, shared.b,
-                                       left < kTile<Acc> ? static_cast<int>(left) : kTile<Acc>);
+                                       left < kTile ? static_cast<int>(left) : kTile);
     __syncthreads();  // a and b are free again
   }
   return c;
@@ -140,10 +139,10 @@ __device__ void accumulate(Fragment<Acc> (&c)[kChunks], TilePair<Acc>& shared,
   store(shared.a, left);
 #pragma unroll
   for (int chunk = 0; chunk < kChunks; ++chunk) {
-    if (chunk * kTile<Acc> >= b.columns) break;
-    load(shared.b, b, row0, chunk * kTile<Acc>);
+    if (chunk * kTile >= b.columns) break;
+    load(shared.b, b, row0, chunk * kTile);
     __syncthreads();  // a and b are whole
-    multiply<kTransposeLeft, false>(c[chunk], shared.a, shared.b, kTile<Acc>);
+    multiply<kTransposeLeft, false>(c[chunk], shared.a, shared.b, kTile);
     __syncthreads();  // a and b are free again
   }
 }

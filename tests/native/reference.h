@@ -1,4 +1,5 @@
-// Both ops in float64, written as their definitions read: every probability in memory, no tricks.
+// Attention and the feed-forward network in float64, written as their definitions read: every
+// probability in memory, no tricks.
 #pragma once
 
 #include <cmath>
