@@ -271,7 +271,7 @@ def _converted(weights: Mapping[str, Tensor], parts: list[str], transposed: bool
     """The parts stacked by rows; 2-D ones first turned to (out, in) where stored (in, out)."""
     tensors = [weights[part] for part in parts]
     whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-    return whole.t().contiguous() if transposed and whole.dim() == 2 else whole
+    return whole.t() if transposed and whole.dim() == 2 else whole
 
 
 def _fill(own: dict[str, Tensor], blocks: int) -> None:

@@ -310,4 +310,6 @@ class GPT(Pretrained, nn.Module):
         where the file wants a GPT built with other arguments (naming them).
         """
         own = layouts.to_own_layout(state_dict, self.config, strict)
+        if assign:  # what is transposed in a file is copied then, too
+            own = {name: weight.contiguous() for name, weight in own.items()}
         return super().load_state_dict(own, strict, assign)

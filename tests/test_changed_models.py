@@ -8,21 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from spread import START, new_model
 from torch import Tensor, nn
 
 from gpt_ext import GPT, engine
 
-START = torch.zeros(1, 1, dtype=torch.int64)
-
 
 @pytest.fixture
 def model() -> GPT:
-    """A model of random weights, its logits spread so that no character is sure."""
-    model = GPT(vocab_size=40, context_length=32, model_dim=48, num_blocks=2, num_heads=4).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(2)
-    return model
+    return new_model()
 
 
 # Each makes a model that the engine does not know, or only seems to.

@@ -8,23 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from spread import START, new_model
 from torch import Tensor, nn
 
 from gpt_ext import GPT, generate, generation
 
-SIZES = dict(vocab_size=40, context_length=32, model_dim=48, num_blocks=3, num_heads=4)
 INT_TO_CHAR = {i: chr(ord("0") + i) for i in range(40)}
-START = torch.zeros(1, 1, dtype=torch.int64)
 
 
 @pytest.fixture
 def model() -> GPT:
-    """A model of random weights, its logits spread so that no character is sure."""
-    model = GPT(**SIZES)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(2)
-    return model.eval()
+    return new_model()
 
 
 @torch.no_grad()
