@@ -66,16 +66,6 @@ void second_weight_gradient(const FfnBackward& p, int64_t rows, const G* g, cons
   gemm(h, rows, Matrix<Product>{a, 1, h}, b, transposed);
 }
 
-// Rows at a time, whole units: what is read and made of them, 20 MB in float32 at the seed's size,
-// is still in L3 when the weights' gradients read it. Where sums over rows would be rounded in
-// between, all rows at once.
-template <class Stream, class Sum>
-int64_t rows_at_a_time(int64_t rows) {
-  constexpr int64_t kUnits = 43;
-  if (!std::is_same_v<Stream, Sum>) return rows;
-  return std::min(rows, equal_part((rows + kRowUnit - 1) / kRowUnit, kUnits) * kRowUnit);
-}
-
 // X: the elements of x and dout.
 template <class Stream, class Product, class X, class Map>
 void ffn_gradients(const FfnBackward& p, const Map& map) {

@@ -108,6 +108,16 @@ void normed_product(const void* x, int64_t rows, int64_t d, const LayerNorm& nor
   });
 }
 
+// Rows at a time in backward, whole units: what is read and made of them, 20 MB in float32 for the
+// seed's feed-forward network, is still in L3 when the weights' gradients read it. Where sums over
+// rows would be rounded in between, all rows at once.
+template <class Stream, class Sum>
+int64_t rows_at_a_time(int64_t rows) {
+  constexpr int64_t kUnits = 43;
+  if (!std::is_same_v<Stream, Sum>) return rows;
+  return std::min(rows, equal_part((rows + kRowUnit - 1) / kRowUnit, kUnits) * kRowUnit);
+}
+
 // dx (N, d) of P (LinearBackward or FfnBackward) from dy = g W, for g (N, o) and w (o, d); through
 // the norm, plus `skip`, where Map is one. Some rows at a time.
 template <class E, class X, class Map, class P, class Stream>

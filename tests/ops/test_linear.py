@@ -32,6 +32,7 @@ SIZES = [  # rows, d, o: smaller and larger than the kernels' tiles, and not the
     (70, 130, 33),
     (129, 65, 257),
     (20, 130, 1100),  # weights larger than x, in several panels and blocks of sums
+    (2501, 10, 14),  # more rows than a CPU's backward takes at a time
 ]
 P = 0.3
 
