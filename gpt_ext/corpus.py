@@ -94,7 +94,7 @@ def files_in(folder: Path, without: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(here)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(at, name) for name in names if not name.startswith(".")]
     return sorted(found)
 

@@ -216,10 +216,10 @@ def check_indices(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} has dtype {got}, expected torch.int64")
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raises TypeError for what is no number."""
-    if not isinstance(value, Real):
-        raise TypeError(f"{name} is {value!r}, expected a number")
+def check_number(name: str, value: Any, kind: type = Real, expected: str = "a number") -> None:
+    """Raises TypeError for what is no number, or none of the kind."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {value!r}, expected {expected}")
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], dims: str) -> None:

@@ -7,6 +7,7 @@ logits, which forward leaves.
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -131,8 +132,7 @@ def cross_entropy(
         bias = operands.take("bias", bias, operands.stream, (vocab_size,), "(V)")
     norm_weight, norm_bias, norm_eps = take_norm(operands, norm, dim)
     _functional.check_indices("targets", targets)
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index is {ignore_index!r}, expected an integer")
+    _functional.check_number("ignore_index", ignore_index, Integral, "an integer")
     targets = operands.take("targets", targets, torch.int64, x.shape[:-1], "x's leading dims")
 
     tensors = x, weight, bias, norm_weight, norm_bias

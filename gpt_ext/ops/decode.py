@@ -64,7 +64,8 @@ def forward(
 ) -> None:
     """Takes `rows` (3, R) int64, tokens, sequences and positions, through a run of blocks.
 
-    Fills the cache. `x` (R, C') float32 is the residual stream, set where `first_block` is 0.
+    Fills the cache. `x` (R, C') float32 is the residual stream, set where `first_block` is 0; of
+    the model's last block only keys and values are made, and x stays what went into it.
     """
     torch.ops.gpt_ext.decode_forward(
         x, packed, cache.keys, cache.values, rows, first_block, end_block
