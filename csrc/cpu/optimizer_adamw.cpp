@@ -29,7 +29,7 @@ void step_of_run(const OptimizerAdamW& p, const AdamWTensor& t, int64_t begin, i
   const auto scale = static_cast<Sum>(p.gradient_scale);
   const auto beta1 = static_cast<Sum>(p.beta1), beta2 = static_cast<Sum>(p.beta2);
   const auto new1 = static_cast<Sum>(1 - p.beta1), new2 = static_cast<Sum>(1 - p.beta2);
-  const bool mostly_new = p.beta1 <= 0.5;  // from the nearer one, whose digits all count
+  const bool mostly_new = p.beta1 <= 0.5;  // then on from g, whose digits all count, not from a
   auto* parameter = static_cast<Storage*>(t.parameter) + begin;
   auto* average = static_cast<Storage*>(t.average) + begin;
   auto* square = static_cast<Storage*>(t.square) + begin;
