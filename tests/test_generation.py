@@ -18,7 +18,7 @@ INT_TO_CHAR = {i: chr(ord("0") + i) for i in range(40)}
 
 @pytest.fixture
 def model() -> GPT:
-    return new_model()
+    return new_model(num_blocks=3)
 
 
 @torch.no_grad()
