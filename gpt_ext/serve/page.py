@@ -103,13 +103,15 @@ class Page:
             raise ApiError(500, "the model's logits are not finite: its weights are damaged")
         ranked = probabilities.argsort(descending=True, stable=True).tolist()
         text_of = self.tokenizer.stream()
+        pieces = [piece_of(text_of, token) for token in tokens.tolist()]
+        pieces[-1] += text_of(None)
 
         def named(token: int) -> dict[str, Any]:
             probability = probabilities[token].item()
             return {"text": name_of(self.tokenizer, token), "probability": probability}
 
         return {
-            "pieces": [piece_of(text_of, token) for token in tokens.tolist()],
+            "pieces": pieces,
             "start": start,
             "position": position,
             "chosen": named(chosen) | {"rank": ranked.index(chosen) + 1},

@@ -174,6 +174,8 @@ def test_positions_are_those_of_tokens(tmp_path: Path) -> None:
     assert len(answer["pieces"]) == len(tokens)
     assert "".join(answer["pieces"]) == text
     assert answer["chosen"]["text"] == tokenizer.decode(tokens[-1:])
+    for rest in ("\ufffd", "\ufffd\ufffd"):  # which a decoder may take for half a character
+        assert "".join(look(client, text + rest, 1)["pieces"]) == text + rest
     response = client.post("/api/look", json={"text": text, "position": len(tokens)})
     assert f"one of the {len(tokens)} tokens" in response.json()["error"]["message"]
     response = client.post("/api/look", content=rb'{"text": "the \ud800", "position": 1}')
