@@ -168,6 +168,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise UserError(f"{file} holds no tokenizer: {error}") from None
 
 
+def piece_of(text_of: TextOf, token: int | None) -> str:
+    """text_of(token); U+FFFD where it knows no such token, for a model may have more than it."""
+    try:
+        return text_of(token)
+    except IndexError:
+        return "\ufffd"
+
+
 def byte_stream(bytes_of: Callable[[int], bytes]) -> TextOf:
     """`stream` of a tokenizer whose tokens are bytes: a character comes with its last byte."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")

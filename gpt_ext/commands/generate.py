@@ -13,7 +13,7 @@ from gpt_ext.errors import UserError
 from gpt_ext.generation import Overflow, WeightFormat
 from gpt_ext.model import GPT
 from gpt_ext.options import check_seed
-from gpt_ext.tokenizer import Tokenizer
+from gpt_ext.tokenizer import Tokenizer, piece_of
 
 
 def parser() -> Parser:
@@ -83,11 +83,7 @@ def write(
     print(prompt, end="", flush=True)
     try:
         for token in tokens:
-            try:
-                text = text_of(int(token))
-            except IndexError:  # a model may have more tokens than its vocabulary
-                text = "\ufffd"
-            print(text, end="", flush=True)
+            print(piece_of(text_of, int(token)), end="", flush=True)
     except RuntimeError as error:  # logits that are not finite
         print(flush=True)
         raise UserError(str(error)) from None

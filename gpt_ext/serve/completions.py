@@ -15,7 +15,7 @@ from gpt_ext.checks import number
 from gpt_ext.generation import check_sampling
 from gpt_ext.sequences import Sampling
 from gpt_ext.serve.scheduler import Progress, Ticket, TokenLogprobs
-from gpt_ext.tokenizer import TextOf, Tokenizer
+from gpt_ext.tokenizer import Tokenizer, piece_of
 
 MAX_STOPS, MAX_LOGPROBS = 4, 5  # OpenAI's own limits
 DEFAULT_MAX_TOKENS = 16
@@ -290,13 +290,6 @@ class Choice:
 
 def new_logprobs() -> dict[str, list[Any]]:
     return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-
-
-def piece_of(text_of: TextOf, token: int | None) -> str:
-    try:
-        return text_of(token)
-    except IndexError:  # a model may have more tokens than its vocabulary
-        return "\ufffd"
 
 
 def text_of_all(tokenizer: Tokenizer, tokens: list[int]) -> str:

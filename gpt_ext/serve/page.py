@@ -16,9 +16,9 @@ from torch import Tensor
 from gpt_ext import checkpoint
 from gpt_ext.model import GPT
 from gpt_ext.plots import read
-from gpt_ext.serve.completions import ApiError, kind_of, name_of, object_of, piece_of
+from gpt_ext.serve.completions import ApiError, kind_of, name_of, object_of
 from gpt_ext.serve.http import error_response, whole_body
-from gpt_ext.tokenizer import CharTokenizer, Tokenizer
+from gpt_ext.tokenizer import CharTokenizer, Tokenizer, piece_of
 
 STATIC = Path(__file__).parent / "static"
 FILES = {path.name: path for path in STATIC.glob("*")}
